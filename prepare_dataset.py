@@ -1,0 +1,373 @@
+"""Turn a CSV or JSON file of questions and answers into training and validation data.
+
+Reads   --input: .csv .tsv .json .jsonl (also .gz) with columns instruction, input (optional), output
+Writes  --output: train.jsonl, val.jsonl, and rejected.jsonl if a row could not be used
+
+  > python prepare_dataset.py --input data/raw_qa.csv --output data/prepared
+    python lora_finetune.py --dataset data/prepared --output output/tinyllama-k8s-qlora
+    python evaluate.py --adapter output/tinyllama-k8s-qlora --val-data data/prepared/val.jsonl
+"""
+
+import argparse
+import codecs
+import csv
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import sys
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+# ---------------------------------------------------------------------------------------------
+# Edit here, or pass the flag of the same name.
+# data
+INPUT = "data/raw_qa.csv"  # .csv .tsv .json .jsonl, also gzipped
+OUTPUT = "data/prepared"  # folder for train.jsonl and val.jsonl
+COLUMNS = []  # renames, field=column: ["instruction=question", "output=answer"]
+ENCODING = "utf-8"  # of the input; a byte order mark in the file wins
+DELIMITER = "auto"  # of a CSV: auto, or one of , ; tab |
+# split
+VAL_SPLIT = 0.1  # share of the rows held out for validation, 0 up to 1
+SEED = 42  # same seed, same split
+STRICT = False  # True: refuse the whole file if any row is unusable
+# ---------------------------------------------------------------------------------------------
+
+FIELDS = ("instruction", "input", "output")
+DELIMITERS = {",": ",", ";": ";", "tab": "\t", "\t": "\t", "|": "|"}
+BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def parse_args(argv=None):
+    if argv is None and "kernel_launcher" in sys.argv[0]:
+        argv = []  # pasted into a notebook cell: sys.argv is the kernel's, the constants above decide
+    parser = argparse.ArgumentParser(
+        prog="prepare_dataset.py",
+        usage="%(prog)s [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--input", default=INPUT, help="file to read (default: %(default)s)")
+    data.add_argument("--output", default=OUTPUT, help="folder to write (default: %(default)s)")
+    data.add_argument(
+        "--columns",
+        nargs="+",
+        default=COLUMNS,
+        metavar="FIELD=COLUMN",
+        help="other column names, e.g. instruction=question output=answer (default: the field names)",
+    )
+    data.add_argument(
+        "--encoding",
+        default=ENCODING,
+        help="of the input, e.g. windows-1252 (default: %(default)s)",
+    )
+    data.add_argument(
+        "--delimiter",
+        default=DELIMITER,
+        choices=["auto", *DELIMITERS],
+        help="of a CSV (default: %(default)s)",
+    )
+    split = parser.add_argument_group("split")
+    split.add_argument(
+        "--val-split",
+        type=float,
+        default=VAL_SPLIT,
+        help="share held out, 0 up to 1 (default: %(default)s)",
+    )
+    split.add_argument("--seed", type=int, default=SEED, help="of the split (default: %(default)s)")
+    split.add_argument(
+        "--strict",
+        action=argparse.BooleanOptionalAction,
+        default=STRICT,
+        help="refuse a file with any unusable row (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    if not 0 <= args.val_split < 1:
+        parser.error(f"--val-split {args.val_split}: must be at least 0 and below 1, e.g. 0.1")
+    for pair in args.columns:
+        field, _, column = pair.partition("=")
+        if field not in FIELDS or not column.strip():
+            parser.error(
+                f"--columns {pair}: must be FIELD=COLUMN with FIELD one of {', '.join(FIELDS)}"
+            )
+    try:
+        codecs.lookup(args.encoding)
+    except LookupError:
+        parser.error(f"--encoding {args.encoding}: unknown; try utf-8, utf-16 or windows-1252")
+    return args
+
+
+def open_text(path, encoding):
+    """Open a text file, gzipped or not, in the encoding its byte order mark names, else in `encoding`."""
+    with open(path, "rb") as file:
+        opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
+    with opener(path, "rb") as file:
+        start = file.read(4)
+    encoding = next(
+        (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), encoding
+    )
+    return opener(path, "rt", encoding=encoding, newline="")
+
+
+def read_rows(text, kind, columns, delimiter):
+    """Yield (row number, raw row, what is wrong with its form or "") for each row of an open file.
+
+    A raw row is {field: value} where its form is right. `columns` maps folded column names to fields.
+    Row numbers are what a spreadsheet shows for a CSV (its header is row 1), else the line or the
+    position in the list. Raises ValueError where the file as a whole can't be read.
+    """
+    if kind in ("csv", "tsv"):
+        yield from read_csv(text, columns, delimiter)
+        return
+    # numbers stay as they are written: 1e5 comes out as "1e5", not as 100000.0
+    decoder = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str)
+    if kind == "jsonl":
+        items = ((number, line) for number, line in enumerate(text, 1) if line.strip())
+    else:
+        try:
+            rows = decoder.decode(text.read())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {error.lineno}: not valid JSON ({error.msg})") from None
+        if not isinstance(rows, list):
+            raise ValueError('must be a list of objects, [{"instruction": ...}, ...]')
+        items = enumerate(rows, 1)
+    for number, item in items:
+        if kind == "jsonl":
+            try:
+                item = decoder.decode(item.strip())
+            except (json.JSONDecodeError, RecursionError):
+                yield number, item, "not valid JSON"
+                continue
+        if not isinstance(item, dict):
+            yield number, item, "not an object"
+            continue
+        folded = ((key.strip().casefold(), value) for key, value in item.items())
+        yield number, {columns[key]: value for key, value in folded if key in columns}, ""
+
+
+def read_csv(text, columns, delimiter):
+    """Yield the rows of a CSV like read_rows; the delimiter is the one that finds the columns in the header."""
+    first = text.readline()
+    if not first.strip():
+        raise ValueError("the first line is empty; it must name the columns")
+    for mark in [DELIMITERS[delimiter]] if delimiter != "auto" else ",;\t|":
+        names = [name.strip().casefold() for name in next(csv.reader([first], delimiter=mark))]
+        fields = [columns.get(name) for name in names]
+        if {"instruction", "output"} <= set(fields):
+            break
+    else:
+        wanted = " and ".join(f'"{name}"' for name, field in columns.items() if field != "input")
+        raise ValueError(
+            f"no columns {wanted} in its first line, {first.strip()[:80]!r}; name them with --columns"
+        )
+    for field in FIELDS:
+        if fields.count(field) > 1:
+            raise ValueError(f"two columns stand for {field}; rename one in the file")
+
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(itertools.chain([first], text), delimiter=mark, strict=True)
+    for number in itertools.count(1):
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            if "end of data" in str(error):
+                raise ValueError(
+                    f"row {number}: its quoted text never ends; close the quote"
+                ) from None
+            yield number, None, "broken quotes"
+            continue
+        if cells is None:
+            return
+        if len(cells) > len(names):
+            yield number, cells, "too many fields"
+        elif cells and number > 1:  # an empty list is a blank line, row 1 the header
+            yield number, {field: cell for field, cell in zip(fields, cells) if field}, ""
+
+
+def clean_record(raw):
+    """Return the record {instruction, input, output} of a raw row, or the reason (a str) why there is none."""
+    record = {}
+    for field in FIELDS:
+        value = raw.get(field)
+        if isinstance(value, bool):
+            value = "true" if value else "false"
+        elif value is None:
+            value = ""
+        elif not isinstance(value, str):
+            return f"{field} is not text"
+        if "\0" in value:
+            return f"{field} has a NUL character"
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                return f"{field} has a lone surrogate"
+        record[field] = value.strip()
+    for field in ("instruction", "output"):
+        if not record[field]:
+            return f"no {field}"
+    return record
+
+
+def fold(text):
+    """Text as compared: Unicode NFC, without regard to case and white space."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def digest(text):
+    """16 bytes that stand for a text: two of a million texts share them with probability 1e-27."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def split_rows(keys, share, seed):
+    """Choose the validation rows: for each question key (bytes) of a row, True where the row is held out.
+
+    Rows with one key stay together. Keys are ranked by a seeded hash, so adding rows moves few others,
+    and taken in that order where they fit into round(rows x share). With two keys or more and a share
+    above 0, each side has at least one.
+    """
+    groups = Counter(keys)
+    ranked = sorted(
+        groups, key=lambda key: hashlib.blake2b(b"%d:" % seed + key, digest_size=8).digest()
+    )
+    room = round(len(keys) * share)
+    held_out = set()
+    for key in ranked[:-1]:
+        if groups[key] <= room:
+            held_out.add(key)
+            room -= groups[key]
+    if share and not held_out and len(ranked) > 1:
+        held_out.add(min(ranked, key=groups.get))
+    return [key in held_out for key in keys]
+
+
+def write_files(folder, files):
+    """Write {name: lines as bytes} into folder: all are written aside first and then moved into place."""
+    aside = {folder / name: folder / f".{name}.{os.getpid()}" for name in files}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, temporary in aside.items():
+            with open(temporary, "wb") as file:
+                file.writelines(files[path.name])
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in aside.items():
+            os.replace(temporary, path)
+    except OSError as error:
+        sys.exit(f"error: can't write {folder}: {error.strerror}; what stood there is unchanged")
+    finally:
+        for temporary in aside.values():
+            temporary.unlink(missing_ok=True)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    source, folder = Path(args.input), Path(args.output)
+    kind = source.name.lower().removesuffix(".gz").rpartition(".")[2]
+    if not source.is_file():
+        sys.exit(f"error: {source}: no such file; --input takes a .csv, .tsv, .json or .jsonl file")
+    if kind not in ("csv", "tsv", "json", "jsonl"):
+        sys.exit(
+            f"error: {source}: unknown kind of file; rename it to end in .csv, .tsv, .json or .jsonl"
+        )
+    if folder.exists() and not folder.is_dir():
+        sys.exit(f"error: {folder} is a file; --output takes a folder")
+    if source.resolve() in [
+        (folder / name).resolve() for name in ("train.jsonl", "val.jsonl", "rejected.jsonl")
+    ]:
+        sys.exit(f"error: {source} would be overwritten; choose another --output")
+
+    names = {field: field for field in FIELDS} | dict(pair.split("=", 1) for pair in args.columns)
+    columns = {name.strip().casefold(): field for field, name in names.items()}
+    lines, keys, lengths, rejected = [], [], [], []
+    known, answers, reasons = set(), Counter(), Counter()
+    read = 0
+    try:
+        with open_text(source, args.encoding) as text:
+            rows = read_rows(text, kind, columns, args.delimiter)
+            for number, raw, reason in tqdm(
+                rows, "reading", unit=" rows", disable=None, leave=False, delay=2
+            ):
+                read += 1
+                record = reason or clean_record(raw)
+                if isinstance(record, str):
+                    reasons[record] += 1
+                    rejected.append({"row": number, "reason": record, "raw": raw})
+                    continue
+                question = fold(record["instruction"]) + "\0" + fold(record["input"])
+                answer = fold(record["output"])
+                key, whole = digest(question), digest(question + "\0" + answer)
+                if whole in known:
+                    continue
+                known.add(whole)
+                answers[key] += 1
+                keys.append(key)
+                lengths.append(question.count(" ") + answer.count(" ") + 2)
+                lines.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    except UnicodeError:
+        sys.exit(
+            f"error: {source}: not {args.encoding} text; name its --encoding, e.g. windows-1252 or utf-16"
+        )
+    except (OSError, EOFError, ValueError) as error:
+        sys.exit(f"error: {source}: {error}")
+
+    complaint = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
+    if rejected and args.strict:
+        first = rejected[0]["row"]
+        sys.exit(
+            f"error: {source}: unusable rows ({complaint}), the first is row {first}; mend them or drop --strict"
+        )
+    if not lines:
+        sys.exit(
+            f"error: {source}: no usable row ({complaint or 'it has none'}); see --columns for other names"
+        )
+
+    held_out = split_rows(keys, args.val_split, args.seed)
+    files = {
+        "train.jsonl": [line for line, val in zip(lines, held_out) if not val],
+        "val.jsonl": [line for line, val in zip(lines, held_out) if val],
+        "rejected.jsonl": [json.dumps(row).encode() + b"\n" for row in rejected],
+    }
+    write_files(folder, files)
+    duplicates = read - len(rejected) - len(lines)
+    conflicts = sum(count for count in answers.values() if count > 1)
+    lengths.sort()
+    median, p95 = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
+    print(f"read        {read:>9,} rows <- {source}")
+    print(
+        f"rejected    {len(rejected):>9,} rows -> {folder / 'rejected.jsonl'}"
+        + f" ({complaint})" * bool(rejected)
+    )
+    print(f"duplicates  {duplicates:>9,} rows, written once")
+    print(f"conflicts   {conflicts:>9,} rows ask the same and answer differently")
+    print(f"train       {len(files['train.jsonl']):>9,} rows -> {folder / 'train.jsonl'}")
+    print(f"val         {len(files['val.jsonl']):>9,} rows -> {folder / 'val.jsonl'}")
+    print(f"length      median {median:,}, p95 {p95:,}, max {lengths[-1]:,} words a row")
+    print(f"next: python lora_finetune.py --dataset {folder}")
+    return {
+        "read": read,
+        "rejected": len(rejected),
+        "duplicates": duplicates,
+        "conflicts": conflicts,
+        "train": len(files["train.jsonl"]),
+        "val": len(files["val.jsonl"]),
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; nothing was written")
