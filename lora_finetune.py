@@ -1,0 +1,855 @@
+"""Fine-tune a small language model on your questions and answers with QLoRA, inside 6 GB of GPU memory.
+
+Reads   --dataset: a JSONL file of instruction, input, output, or the folder prepare_dataset.py wrote
+Writes  --output: the LoRA adapter, its tokenizer, training_log.jsonl, training_config.json
+
+    python prepare_dataset.py --input data/raw_qa.csv --output data/prepared
+  > python lora_finetune.py --dataset data/prepared --output output/tinyllama-k8s-qlora
+    python evaluate.py --adapter output/tinyllama-k8s-qlora --val-data data/prepared/val.jsonl
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+from datetime import timedelta
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+import jinja2
+import peft
+import psutil
+import torch
+import transformers
+from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import clear_device_cache
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
+
+# ---------------------------------------------------------------------------------------------
+# Edit here, or pass the flag of the same name.
+# data
+DATASET = "data/sample_dataset.jsonl"  # JSONL file, or a folder with train.jsonl and val.jsonl
+VAL_DATA = None  # JSONL measured after each epoch; None: val.jsonl of a --dataset folder
+MAX_SEQ_LENGTH = 512  # tokens; longer rows are cut
+# model
+MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"  # Hugging Face name or local folder
+LOAD_IN_4BIT = True  # NF4 weights: a quarter of the memory
+PRECISION = "fp16"  # fp16, bf16 (GPUs from 2020 on) or fp32; the CPU always uses fp32
+# lora
+LORA_R = 16  # rank: capacity against memory
+LORA_ALPHA = 32  # scale of the adapter is alpha / r
+LORA_DROPOUT = 0.05  # 0 up to 1
+TARGET_MODULES = ["q_proj", "v_proj"]  # linear layers that get an adapter
+# training
+EPOCHS = 3.0  # passes over the data
+MAX_STEPS = -1  # optimizer steps instead of epochs, -1: off; 5 gives a quick look
+LEARNING_RATE = 2e-4  # peak; cosine schedule down to 0
+WARMUP_RATIO = 0.03  # share of the steps on which the rate rises
+BATCH_SIZE = 4  # rows at once on each device (micro-batch)
+GRADIENT_ACCUMULATION_STEPS = 4  # micro-batches a step: 4 x 4 = 16 rows a step
+GRADIENT_CHECKPOINTING = True  # recompute activations: less memory, a third slower
+AUTO_BATCH_SIZE = False  # largest micro-batch that fits, same rows a step
+COMPILE = False  # fuse kernels: a minute at the start, faster steps
+SEED = 42
+# output
+OUTPUT = "output/tinyllama-k8s-qlora"  # folder
+LOGGING_STEPS = 1  # steps between log lines
+RESUME = False  # go on from the newest whole checkpoint
+OVERWRITE = False  # replace what an earlier run left in OUTPUT
+# ---------------------------------------------------------------------------------------------
+
+DECISIVE = """max_seq_length model load_in_4bit lora_r lora_alpha lora_dropout target_modules epochs
+max_steps learning_rate warmup_ratio batch_size gradient_accumulation_steps seed""".split()  # see --resume
+MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
+SEAL = "seal.json"  # written last into a checkpoint: its run and the SHA-256 of its files
+ALPACA_TEMPLATE = (  # for tokenizers that come without a chat template
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "### Instruction:\n{{ message['content'] }}\n\n### Response:\n"
+    "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+RANK, WORLD_SIZE = (
+    int(os.environ.get("RANK", 0)),
+    int(os.environ.get("WORLD_SIZE", 1)),
+)  # by torchrun
+HIDE_BARS = RANK > 0 or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite number of this kind from low up to high."""
+
+    def parse(text):
+        value = kind(text)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]
+    return parse
+
+
+def parse_args(argv=None):
+    if argv is None and "kernel_launcher" in sys.argv[0]:
+        argv = []  # pasted into a notebook cell: sys.argv is the kernel's, the constants above decide
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """The docstring as it stands, each option with its default."""
+
+    parser = argparse.ArgumentParser(
+        "lora_finetune.py", "%(prog)s [options]", __doc__, formatter_class=Help, allow_abbrev=False
+    )
+    switch = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default=DATASET, help="JSONL file, or a folder with train.jsonl and val.jsonl")
+    add("--val-data", default=VAL_DATA, help="JSONL that is measured after each epoch")
+    add("--max-seq-length", type=number(int, 8), default=MAX_SEQ_LENGTH, help="tokens of a row")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default=MODEL, help="Hugging Face name or local folder")
+    add("--load-in-4bit", action=switch, default=LOAD_IN_4BIT, help="NF4 weights")
+    add("--precision", choices=["fp16", "bf16", "fp32"], default=PRECISION, help="of computation")
+    add = parser.add_argument_group("lora").add_argument
+    add("--lora-r", type=number(int, 1, 1024), default=LORA_R, help="rank")
+    add("--lora-alpha", type=number(float, 1e-3, 1e5), default=LORA_ALPHA, help="scale x rank")
+    add("--lora-dropout", type=number(float, 0, 0.99), default=LORA_DROPOUT, help="share dropped")
+    add("--target-modules", nargs="+", default=TARGET_MODULES, help="linear layers to adapt")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=number(float, 0.01, 1e4), default=EPOCHS, help="passes over the data")
+    add("--max-steps", type=number(int, -1), default=MAX_STEPS, help="instead of epochs; -1: off")
+    add("--learning-rate", type=number(float, 1e-9, 1), default=LEARNING_RATE, help="at its peak")
+    add("--warmup-ratio", type=number(float, 0, 1), default=WARMUP_RATIO, help="share of the steps")
+    add("--batch-size", type=number(int, 1, 4096), default=BATCH_SIZE, help="rows at once")
+    add(
+        "--gradient-accumulation-steps",
+        type=number(int, 1, 4096),
+        default=GRADIENT_ACCUMULATION_STEPS,
+        help="micro-batches a step",
+    )
+    add(
+        "--gradient-checkpointing",
+        action=switch,
+        default=GRADIENT_CHECKPOINTING,
+        help="recompute activations to save memory",
+    )
+    add("--auto-batch-size", action=switch, default=AUTO_BATCH_SIZE, help="largest that fits")
+    add("--compile", action=switch, default=COMPILE, help="fuse kernels, for long runs on a GPU")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=SEED, help="same seed, same run")
+    add = parser.add_argument_group("output").add_argument
+    add("--output", default=OUTPUT, help="folder")
+    add("--logging-steps", type=number(int, 1), default=LOGGING_STEPS, help="steps a log line")
+    add("--resume", action=switch, default=RESUME, help="go on from the newest whole checkpoint")
+    add("--overwrite", action=switch, default=OVERWRITE, help="replace an earlier run")
+    args = parser.parse_args(argv)
+    if args.max_steps == 0:
+        parser.error("argument --max-steps: must be -1 (off) or at least 1")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run, --overwrite drops it; choose one")
+    return args
+
+
+def say(line=""):
+    """Print, from the first process alone."""
+    if RANK == 0:
+        tqdm.write(line)
+
+
+def stop(message):
+    """End with one line on stderr; of many processes, the first speaks for all."""
+    sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
+def read_jsonl(path):
+    """Read the records of a JSONL file: a list of {"instruction", "input", "output"}, all str.
+
+    Ends the program with file, line and what is wrong at the first line that is no such record.
+    """
+    if not Path(path).is_file():
+        stop(f"{path}: no such file; prepare_dataset.py makes one")
+    records = []
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    stop(f"{path}:{number}: not an object; each line is one record")
+                for field in ("instruction", "input", "output"):
+                    value = record.get(field, "" if field == "input" else None)
+                    if value is None:
+                        stop(
+                            f'{path}:{number}: "{field}" is missing; prepare_dataset.py mends such files'
+                        )
+                    if not isinstance(value, str):
+                        stop(
+                            f'{path}:{number}: "{field}" is not text; prepare_dataset.py mends such files'
+                        )
+                    if not value.strip() and field != "input":
+                        stop(
+                            f'{path}:{number}: "{field}" is empty; prepare_dataset.py mends such files'
+                        )
+                    record[field] = value.strip()
+                records.append(
+                    {field: record[field] for field in ("instruction", "input", "output")}
+                )
+        except UnicodeDecodeError:
+            stop(f"{path}: not UTF-8 text; prepare_dataset.py --encoding converts it")
+        except (json.JSONDecodeError, RecursionError) as error:
+            stop(f"{path}:{number}: not valid JSON ({error}); each line is one record")
+    return records
+
+
+def user_message(record):
+    """What the user says in the chat: the instruction, then, if there is one, a blank line and the input."""
+    return "\n\n".join(part for part in (record["instruction"], record["input"]) if part)
+
+
+def chat_frame(tokenizer):
+    """Return (head, tail, end, special ids) of the model's chat template around one question and answer.
+
+    The prompt is head + question + tail; the model is to write answer + end, where end closes with the
+    end-of-turn token. A tokenizer without a template gets an Alpaca-style one, one without padding pads
+    with its end-of-text token.
+    """
+    if not tokenizer.chat_template:
+        bos = tokenizer.bos_token_id
+        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        tokenizer.chat_template = "{{ bos_token }}" * adds_bos + ALPACA_TEMPLATE
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    question, answer = "\ue000", "\ue001"  # private-use characters: no template contains them
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    try:
+        prompt = tokenizer.apply_chat_template(
+            turns[:1], tokenize=False, add_generation_prompt=True
+        )
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        head, rest = text.split(question)
+        tail, end = rest.split(answer)
+    except (jinja2.TemplateError, ValueError, TypeError) as error:
+        stop(f"the chat template of this model can't be used ({error}); choose another --model")
+    if not (head + question + tail).startswith(prompt):
+        stop("the chat template writes its prompt and its answer apart; choose another --model")
+    special = {
+        id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    ends = [end.index(token) + len(token) for token in special.values() if token in end]
+    end = end[: min(ends)] if ends else end + (tokenizer.eos_token or "")
+    return head, tail, end, set(special)
+
+
+def encode(record, tokenizer, frame, max_length):
+    """Turn a record into {"input_ids", "labels", "length" before the cut}: the labels are the ids of answer + end, else -100.
+
+    The whole text is tokenized at once, as a prompt and an answer tokenized apart need not give the same
+    ids; a token belongs to the answer if it starts there. A control token that someone typed in a record
+    (such as </s>) is spelled out as plain text.
+    """
+    head, tail, end, special = frame
+    question, answer = user_message(record), record["output"]
+    start = len(head) + len(question) + len(tail)
+    text = head + question + tail + answer + end
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    input_ids, labels = [], []
+    for id, (left, right) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        ids = [id]
+        typed = len(head) <= left < len(head) + len(question) or start <= left < start + len(answer)
+        if id in special and typed:
+            ids = tokenizer(text[left:right], add_special_tokens=False, split_special_tokens=True)[
+                "input_ids"
+            ]
+        input_ids += ids
+        labels += ids if left >= start else [-100] * len(ids)
+    return {
+        "input_ids": input_ids[:max_length],
+        "labels": labels[:max_length],
+        "length": len(input_ids),
+    }
+
+
+def collate(rows, pad_id):
+    """Pad rows on the right to (rows, longest): causal attention never looks there, so no mask is needed."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    padding = [longest - len(row["input_ids"]) for row in rows]
+    return {
+        "input_ids": torch.tensor(
+            [row["input_ids"] + [pad_id] * n for row, n in zip(rows, padding)]
+        ),
+        "labels": torch.tensor([row["labels"] + [-100] * n for row, n in zip(rows, padding)]),
+        "tokens": sum(len(row["input_ids"]) for row in rows),
+    }
+
+
+def response_nll(head, hidden, labels):
+    """Negative log-likelihood (nats) of each label that counts, row after row: shape (labels that count,).
+
+    hidden, (rows, length, size), comes from a model without its head. The head and the softmax run only
+    where a label counts, 256 tokens at a time and recomputed in the backward pass: the same loss and
+    gradient as from all logits, whose (rows, length, vocabulary) would be the largest tensor of all.
+    """
+
+    def chunk_nll(states, targets):
+        logits = head(states.to(head.weight.dtype)).float()
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    counts = labels[:, 1:] != -100  # position i predicts token i + 1
+    chunks = zip(hidden[:, :-1][counts].split(256), labels[:, 1:][counts].split(256), strict=True)
+    return torch.cat([checkpoint(chunk_nll, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def pretrained(auto_class, name, **kwargs):
+    """auto_class.from_pretrained(name), with what can go wrong said in one line."""
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except torch.OutOfMemoryError:
+        stop(
+            f"too little GPU memory to load {name}; close other programs or choose a smaller --model"
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        hint = "it needs config.json, tokenizer.json and model.safetensors"
+        if not Path(name).is_dir():
+            hint = "no such folder, and the Hub did not give it; check the name, or download it where there is a network and pass the folder"
+        stop(f"can't load the model {name}: {str(error).strip().splitlines()[0]} ({hint})")
+
+
+def take_head(model):
+    """Take the head off a causal language model, whose forward pass then ends in hidden states; returns the head."""
+    head = model.get_output_embeddings()
+    probe = torch.arange(8, device=head.weight.device)[None]
+    with torch.no_grad():
+        logits = model(probe, use_cache=False).logits
+        model.set_output_embeddings(torch.nn.Identity())
+        alike = torch.allclose(head(model(probe, use_cache=False).logits), logits, atol=1e-3)
+    if not alike:
+        stop(
+            f"{type(model).__name__} changes its logits after the head, so its loss would be wrong here; choose another --model"
+        )
+    return head
+
+
+def fingerprint(model):
+    """A short name for the base weights: SHA-256 over its first 256 token embeddings as float16."""
+    weight = model.get_input_embeddings().weight[:256].detach().half().cpu()
+    return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:16]
+
+
+def load_model(args, device, precision):
+    """Load the base and put a fresh LoRA adapter on it; returns the model and the head taken off it.
+
+    The base stays frozen in 4 bits or `--precision`, the adapter is float32 and computed under autocast.
+    """
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = pretrained(
+        AutoModelForCausalLM,
+        args.model,
+        dtype=dtype,
+        quantization_config=nf4 if args.load_in_4bit else None,
+        device_map={"": device},
+        use_safetensors=True,
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = (
+                False  # else an evaluation repacks the weights, and gradients end
+            )
+    head = take_head(model)
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in args.target_modules:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            stop(f"--target-modules {target}: no such layer; this model has {names}")
+    transformers.set_seed(args.seed)
+    lora = peft.LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(model, lora)
+    if args.gradient_checkpointing:
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None)
+            or model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+    if args.compile:
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                for child in module.children():  # inside the checkpoint, so that graphs are whole
+                    child.compile(dynamic=True)
+    return model, head
+
+
+class ResponseTrainer(transformers.Trainer):
+    """Trainer whose loss counts the response tokens only, each alike over the whole effective batch."""
+
+    head = sampler = None
+    tokens = 0  # real ones seen, by all processes
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Rows of like length in a step, in the same order for every split into micro-batches and processes."""
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * WORLD_SIZE
+        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+        self.sampler = DistributedLengthGroupedSampler(
+            rows, lengths=lengths, num_replicas=1, rank=0, seed=self.args.seed
+        )
+        return self.sampler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.tokens += inputs["tokens"] * WORLD_SIZE
+        hidden = model(input_ids=inputs["input_ids"], use_cache=False).logits
+        nll = response_nll(self.head, hidden, inputs["labels"])
+        return (
+            nll.sum() * WORLD_SIZE / num_items_in_batch
+        )  # processes are averaged, so times their number
+
+    def evaluate(self, *args, **kwargs):
+        """Log and return the validation loss: nats over all response tokens divided by their number."""
+        rows = sorted(self.eval_dataset, key=lambda row: len(row["input_ids"]))[RANK::WORLD_SIZE]
+        size = self.args.per_device_train_batch_size
+        total = torch.zeros(2, device=self.args.device)
+        self.model.eval()
+        with torch.no_grad():
+            for start in tqdm(
+                range(0, len(rows), size), "validation", disable=HIDE_BARS, leave=False, delay=2
+            ):
+                batch = self.data_collator(rows[start : start + size])
+                batch = self._prepare_inputs(batch)
+                hidden = self.model(input_ids=batch["input_ids"], use_cache=False).logits
+                nll = response_nll(self.head, hidden, batch["labels"])
+                total += torch.stack([nll.sum(), torch.tensor(float(len(nll)), device=nll.device)])
+        nats, tokens = self.accelerator.reduce(total, "sum").tolist()
+        self.log({"eval_loss": nats / tokens})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
+        return {"eval_loss": nats / tokens}
+
+
+class TrainingLog(transformers.TrainerCallback):
+    """What happens beside the steps: log lines, checks for NaN, sealed checkpoints, a stop that was asked for."""
+
+    def __init__(self, trainer, run, steps_per_epoch):
+        self.trainer, self.run, self.steps_per_epoch = trainer, run, steps_per_epoch
+        self.path = Path(trainer.args.output_dir) / "training_log.jsonl"
+        self.stopping = False
+
+    def ask_to_stop(self, signum, frame):
+        self.stopping = True
+        signal.signal(signum, signal.default_int_handler)  # a second Ctrl-C stops at once
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first, self.began = state.global_step, time.monotonic()
+        self.clock, self.trainer.tokens = self.began, 0
+        self.bar = tqdm(
+            total=state.max_steps, initial=self.first, unit="step", disable=HIDE_BARS, leave=False
+        )
+        if RANK == 0:  # of an earlier run, keep what the checkpoint goes on from
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.first else []
+            lines = [
+                line
+                for line in lines
+                if line.endswith("}") and json.loads(line)["step"] <= self.first
+            ]
+            write_whole(self.path, "".join(f"{line}\n" for line in lines))
+        say("  step   epoch     loss        lr  grad norm   tokens/s    MiB  time left")
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
+        if self.trainer.eval_dataset is not None:
+            ends = (
+                state.global_step % self.steps_per_epoch == 0
+                or state.global_step == state.max_steps
+            )
+            control.should_evaluate = (
+                ends  # before the checkpoint of this step, so that it is not lost
+            )
+        if self.stopping:
+            self.trainer.accelerator.set_trigger()
+        if self.trainer.accelerator.check_trigger():  # any process was asked to stop
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        entry = {"step": state.global_step, "epoch": round(state.epoch, 4)}
+        if "eval_loss" in logs:
+            entry["eval_loss"] = loss = logs["eval_loss"]
+            line = f"validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.3f}"
+        elif "loss" in logs:
+            now, done = time.monotonic(), state.global_step - self.first
+            loss, rate, norm = (logs.get(key) for key in ("loss", "learning_rate", "grad_norm"))
+            speed, left = (
+                self.trainer.tokens / (now - self.clock),
+                (state.max_steps - state.global_step),
+            )
+            left = timedelta(seconds=round((now - self.began) / done * left))
+            entry |= {"loss": loss, "learning_rate": rate, "grad_norm": norm}
+            entry |= {"tokens_per_second": round(speed, 1), "memory_mib": memory_mib()}
+            line = f"{entry['step']:>6} {state.epoch:>7.2f} {loss:>8.4f} {rate:>9.2e} {norm:>10.3f} {speed:>10,.0f}"
+            line += f" {entry['memory_mib']:>6,} {left!s:>10}"
+        else:
+            return
+        say(line)
+        if RANK == 0:
+            finite = {key: value if math.isfinite(value) else None for key, value in entry.items()}
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(finite) + "\n")
+        self.check_finite(loss)
+        self.clock, self.trainer.tokens = time.monotonic(), 0
+
+    def check_finite(self, loss=0.0):
+        weights = [weight for weight in self.trainer.model.parameters() if weight.requires_grad]
+        if not (math.isfinite(loss) and torch.nn.utils.get_total_norm(weights).isfinite()):
+            stop(
+                "loss or weights are no longer finite; lower --learning-rate, try --precision bf16 or fp32, look for "
+                "odd rows in the data. The last checkpoint before it stands"
+            )
+
+    def on_save(self, args, state, control, **kwargs):
+        self.check_finite()
+        self.trainer.accelerator.wait_for_everyone()
+        if RANK == 0:
+            folder = self.path.parent / f"checkpoint-{state.global_step}"
+            files = {
+                path.name: sha256(path)
+                for path in folder.iterdir()
+                if path.is_file() and path.name != SEAL
+            }
+            write_whole(folder / SEAL, json.dumps({"run": self.run, "files": files}))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def memory_mib():
+    """Peak memory in MiB of this process on the GPU, or on a CPU what it holds now."""
+    used = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else psutil.Process().memory_info().rss
+    )
+    return used >> 20
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def write_whole(path, text):
+    """Write a text file whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def find_checkpoint(folder, run):
+    """The newest checkpoint in folder that was written whole, or None; refuses one of another run."""
+    step = {path: int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*")}
+    for path in sorted(step, key=step.get, reverse=True):
+        try:
+            seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
+            if any(sha256(path / name) != digest for name, digest in seal["files"].items()):
+                continue
+        except (OSError, ValueError):
+            continue  # cut short while it was written
+        changed = [key for key, value in run.items() if seal["run"].get(key) != value]
+        if changed:
+            stop(
+                f"--resume: not the run of {path}, {' and '.join(changed)} changed; change back, or --overwrite"
+            )
+        return path
+    return None
+
+
+def fit(args, precision, model, head, rows, val_rows, pad_id, run, steps):
+    """Train and return the Trainer. Out of memory, the micro-batch halves and the rows of a step stay the same."""
+    rows_per_step = args.batch_size * args.gradient_accumulation_steps  # of one process
+    micro_batch = rows_per_step if args.auto_batch_size else args.batch_size
+    untrained = {
+        name: weight.clone() for name, weight in peft.get_peft_model_state_dict(model).items()
+    }
+
+    def smaller():
+        nonlocal micro_batch
+        divisors = [n for n in range(1, micro_batch // 2 + 1) if rows_per_step % n == 0]
+        micro_batch = max(divisors, default=0) if WORLD_SIZE == 1 else 0
+        if micro_batch:
+            print(
+                f"out of memory: micro-batches of {micro_batch} now, {rows_per_step // micro_batch} a step"
+            )
+        return micro_batch
+
+    @find_executable_batch_size(starting_batch_size=micro_batch, reduce_batch_size_fn=smaller)
+    def attempt(batch_size):
+        checkpoint = find_checkpoint(Path(args.output), run)
+        if checkpoint is None:
+            peft.set_peft_model_state_dict(model, untrained)
+        settings = transformers.TrainingArguments(
+            output_dir=args.output,
+            num_train_epochs=args.epochs,
+            max_steps=args.max_steps,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=rows_per_step // batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=math.ceil(args.warmup_ratio * steps["total"]),
+            max_grad_norm=MAX_GRAD_NORM,
+            fp16=precision == "fp16",
+            bf16=precision == "bf16",
+            use_cpu=not torch.cuda.is_available(),
+            ddp_find_unused_parameters=False,
+            save_steps=math.ceil(steps["total"] / 10),
+            save_total_limit=2,
+            logging_steps=args.logging_steps,
+            logging_nan_inf_filter=False,  # it would show 0.0 for NaN
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
+            report_to="none",
+            seed=args.seed,
+        )
+        settings._n_gpu = min(
+            settings.n_gpu, 1
+        )  # else one process would spread its batch over all GPUs
+        trainer = ResponseTrainer(
+            model=model,
+            args=settings,
+            train_dataset=rows,
+            eval_dataset=val_rows,
+            data_collator=partial(collate, pad_id=pad_id),
+        )
+        trainer.head, trainer.model_accepts_loss_kwargs = head, True
+        log = TrainingLog(trainer, run, steps["per_epoch"])
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(log)
+        handlers = {
+            signum: signal.signal(signum, log.ask_to_stop)
+            for signum in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+        return trainer
+
+    try:
+        return attempt()
+    except RuntimeError as error:
+        if "No executable batch size" not in str(error):
+            raise
+    sys.exit(
+        "error: out of memory at one row a micro-batch; in this order: --gradient-checkpointing, a smaller "
+        "--max-seq-length, --load-in-4bit, a smaller --lora-r or fewer --target-modules, a smaller --model"
+    )
+
+
+def save_adapter(model, tokenizer, folder):
+    """Write adapter and tokenizer into folder, after the adapter was read back and found right."""
+    expected = peft.get_peft_model_state_dict(model)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
+        model.save_pretrained(aside, save_embedding_layers=False)
+        tokenizer.save_pretrained(aside)
+        saved = load_file(Path(aside, "adapter_model.safetensors"))
+        finite = all(weight.isfinite().all() for weight in saved.values())
+        trained = any(weight.any() for name, weight in saved.items() if "lora_B" in name)
+        if saved.keys() != expected.keys() or not finite or not trained:
+            stop(
+                f"the adapter read back from {folder} is not whole or learned nothing; nothing was saved"
+            )
+        for path in sorted(Path(aside).iterdir()):
+            if path.name != "README.md":  # a model card without content
+                os.replace(path, folder / path.name)
+    size = sum(weight.nbytes for weight in saved.values())
+    print(f"saved       adapter of {len(saved)} tensors, {size / 1e6:.1f} MB -> {folder}")
+
+
+def choose_device(args):
+    """Return the device of this process and the precision it computes in, and say which they are."""
+    if not torch.cuda.is_available():
+        hint = ""
+        if shutil.which("nvidia-smi"):
+            hint = (
+                ": its driver is too old for this torch"
+                if torch.version.cuda
+                else ": this torch is for CPUs only"
+            )
+            hint += ", see Troubleshooting in README.md"
+        say(f"device      no GPU{hint}; training on {torch.get_num_threads()} CPU threads in fp32")
+        return "cpu", "fp32"
+    device = int(os.environ.get("LOCAL_RANK", 0))
+    torch.cuda.set_device(device)
+    torch.cuda.reset_peak_memory_stats()
+    torch.backends.cuda.enable_cudnn_sdp(
+        False
+    )  # it plans anew for each length, which costs more than it gives
+    name = torch.cuda.get_device_name(device)
+    if args.precision == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
+        stop(f"--precision bf16: {name} only emulates it, slowly; use fp16")
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+    say(f"device      {name}, {free:.1f} of {total:.1f} GiB free; computing in {args.precision}")
+    return device, args.precision
+
+
+def encode_rows(records, tokenizer, frame, max_length, path):
+    """Encode records into a Dataset of input_ids and labels, and say how many were kept, cut and dropped."""
+    rows = datasets.Dataset.from_list(records).map(
+        lambda record: encode(record, tokenizer, frame, max_length),
+        remove_columns=list(records[0]),
+        new_fingerprint="encoded",
+    )
+    lengths = sorted(rows["length"])
+    kept = [i for i, labels in enumerate(rows["labels"]) if labels[-1] != -100]
+    cut = sum(length > max_length for length in lengths)
+    median, p95 = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
+    say(
+        f"data        {len(kept):,} rows <- {path}; {cut:,} cut, {len(rows) - len(kept):,} dropped, no answer left"
+    )
+    say(
+        f"            tokens: median {median:,}, p95 {p95:,}, max {lengths[-1]:,} (--max-seq-length that cuts none)"
+    )
+    if not kept:
+        stop(
+            f"{path}: no row has any of its answer within {max_length} tokens; raise --max-seq-length"
+        )
+    return rows.select(kept).remove_columns("length")
+
+
+def check_output(args):
+    """Refuse an output folder that can't be written or holds a run that no flag gives up."""
+    folder = Path(args.output)
+    unfinished = any(folder.glob("checkpoint-*"))
+    finished = (folder / "adapter_model.safetensors").exists() and not unfinished
+    if finished and not args.overwrite:
+        stop(f"{folder} holds a finished run; choose another --output, or --overwrite it")
+    if unfinished and not (args.resume or args.overwrite):
+        stop(f"{folder} holds an unfinished run; --resume goes on with it, --overwrite drops it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        stop(f"can't write to {folder} ({error.strerror}); choose another --output")
+
+
+def show_example(row, tokenizer):
+    """Print one row as the model sees it, apart what it reads and what it learns to write."""
+    written = [id for id in row["labels"] if id != -100]
+    for title, ids in ("reads", row["input_ids"][: -len(written)]), ("learns to write", written):
+        say(f"the model {title}:")
+        say(textwrap.indent(textwrap.shorten(tokenizer.decode(ids), 400), "    "))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    clear_device_cache(garbage_collection=True)  # in a notebook: what an earlier cell left
+    transformers.logging.set_verbosity_error()
+    if HIDE_BARS:
+        transformers.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+    source, val_source = Path(args.dataset), args.val_data
+    if source.is_dir():
+        held_out, source = source / "val.jsonl", source / "train.jsonl"
+        if held_out.is_file() and held_out.stat().st_size:
+            val_source = val_source or held_out
+    records = read_jsonl(source)
+    val_records = read_jsonl(val_source) if val_source else []
+    check_output(args)
+
+    device, precision = choose_device(args)
+    tokenizer = pretrained(AutoTokenizer, args.model)
+    frame = chat_frame(tokenizer)
+    rows = encode_rows(records, tokenizer, frame, args.max_seq_length, source)
+    val_rows = None
+    if val_records:
+        val_rows = encode_rows(val_records, tokenizer, frame, args.max_seq_length, val_source)
+    rows_per_step = args.batch_size * args.gradient_accumulation_steps * WORLD_SIZE
+    per_epoch = math.ceil(len(rows) / rows_per_step)
+    total = args.max_steps if args.max_steps > 0 else math.ceil(args.epochs * per_epoch)
+    steps = {"per_epoch": per_epoch, "total": total}
+    run = {name: getattr(args, name) for name in DECISIVE}
+    run |= {"precision": precision, "dataset": sha256(source)}
+
+    model, head = load_model(args, device, precision)
+    trained, parameters = model.get_nb_trainable_parameters()
+    say(
+        f"model       {args.model}, {memory_mib():,} MiB; {trained:,} parameters of {parameters:,} are trained"
+    )
+    say(f"training    {total:,} steps of {rows_per_step} rows ({per_epoch:,} steps an epoch)")
+    show_example(rows[0], tokenizer)
+
+    blank = {"input_ids": [tokenizer.pad_token_id], "labels": [-100]}  # so that all steps are whole
+    blanks = datasets.Dataset.from_list(
+        [blank] * (-len(rows) % rows_per_step), features=rows.features
+    )
+    padded = datasets.concatenate_datasets([rows, blanks])
+    trainer = fit(
+        args, precision, model, head, padded, val_rows, tokenizer.pad_token_id, run, steps
+    )
+    folder, state = Path(args.output), trainer.state
+    if state.global_step < total:
+        sys.exit(
+            f"stopped after step {state.global_step} of {total}; the same command with --resume goes on"
+        )
+
+    log = [json.loads(line) for line in open(folder / "training_log.jsonl", encoding="utf-8")]
+    result = {
+        "steps": total,
+        "loss": [entry["loss"] for entry in log if "loss" in entry][-1],
+        "eval_loss": next(
+            (entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry), None
+        ),
+        "memory_mib": memory_mib(),
+    }
+    if RANK == 0:
+        save_adapter(model, tokenizer, folder)
+        packages = "torch transformers peft accelerate bitsandbytes datasets".split()
+        config = {
+            "arguments": vars(args) | {"precision": precision},
+            "base_fingerprint": fingerprint(model),
+            "data": {"path": str(source), "sha256": run["dataset"], "rows": len(rows)},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "versions": {name: version(name) for name in packages},
+            "result": result,
+        }
+        write_whole(
+            folder / "training_config.json", json.dumps(config, indent=2, ensure_ascii=False)
+        )
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
+    say(
+        f"next: python evaluate.py --adapter {folder}"
+        + f" --val-data {val_source}" * bool(val_source)
+    )
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; nothing new was saved, checkpoints written before stand")
