@@ -1,0 +1,725 @@
+"""Compare a base model with its fine-tuned self: answers side by side, perplexity with an interval.
+
+Reads   --adapter: the folder lora_finetune.py wrote; --val-data and --prompts if given
+Writes  --output: eval_results.json, and beside it eval_results.html, a page to look at
+
+    python prepare_dataset.py --input data/raw_qa.csv --output data/prepared
+    python lora_finetune.py --dataset data/prepared --output output/tinyllama-k8s-qlora
+  > python evaluate.py --adapter output/tinyllama-k8s-qlora --val-data data/prepared/val.jsonl
+"""
+
+import argparse
+import hashlib
+import html
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import textwrap
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import peft
+import scipy.stats
+import torch
+import transformers
+from accelerate.utils.memory import clear_device_cache
+from safetensors import SafetensorError, safe_open
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+
+# ---------------------------------------------------------------------------------------------
+# Edit here, or pass the flag of the same name.
+# model
+MODEL = None  # Hugging Face name or local folder; None: what the adapter was trained on
+ADAPTER = "output/tinyllama-k8s-qlora"  # folder of a LoRA adapter
+LOAD_IN_4BIT = None  # NF4 weights; None: as in training
+PRECISION = None  # fp16, bf16 or fp32; None: as in training; the CPU always uses fp32
+# data
+PROMPTS = None  # JSON list of questions; None: the ten below
+VAL_DATA = None  # JSONL to measure perplexity on, unseen in training
+# generation
+MAX_NEW_TOKENS = 256  # an answer is cut there
+BATCH_SIZE = 8  # prompts or rows at once; changes speed and memory, not the perplexity
+# output
+OUTPUT = "output/eval_results.json"  # the page beside it ends in .html
+# ---------------------------------------------------------------------------------------------
+
+QUESTIONS = [
+    "What is the difference between a Deployment and a StatefulSet?",
+    "How do I find out why a Pod stays Pending?",
+    "Write a NetworkPolicy that denies all incoming traffic to a namespace.",
+    "What happens when a container exceeds its memory limit?",
+    "How do I roll back a Deployment to its previous revision?",
+    "Explain the difference between a liveness probe and a readiness probe.",
+    "How do I run a job every night at 02:00 in Kubernetes?",
+    "What does `terraform plan` do, and why should I read it before `terraform apply`?",
+    "How do I keep a Docker image small?",
+    "Explain what a Service of type ClusterIP does.",
+]
+ALPACA_TEMPLATE = (  # for tokenizers that come without a chat template
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "### Instruction:\n{{ message['content'] }}\n\n### Response:\n"
+    "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+HIDE_BARS = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite number of this kind from low up to high."""
+
+    def parse(text):
+        value = kind(text)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]
+    return parse
+
+
+def parse_args(argv=None):
+    if argv is None and "kernel_launcher" in sys.argv[0]:
+        argv = []  # pasted into a notebook cell: sys.argv is the kernel's, the constants above decide
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """The docstring as it stands, each option with its default."""
+
+    parser = argparse.ArgumentParser(
+        "evaluate.py", "%(prog)s [options]", __doc__, formatter_class=Help, allow_abbrev=False
+    )
+    switch = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default=MODEL, help="base model; None: what the adapter was trained on")
+    add("--adapter", default=ADAPTER, help="folder of a LoRA adapter")
+    add("--load-in-4bit", action=switch, default=LOAD_IN_4BIT, help="None: as in training")
+    precisions = ["fp16", "bf16", "fp32"]
+    add("--precision", choices=precisions, default=PRECISION, help="None: as in training")
+    add = parser.add_argument_group("data").add_argument
+    add("--prompts", default=PROMPTS, help="JSON list of questions; None: ten built in")
+    add("--val-data", default=VAL_DATA, help="JSONL to measure perplexity on")
+    add = parser.add_argument_group("generation").add_argument
+    tokens, rows = number(int, 1, 2**20), number(int, 1, 4096)
+    add("--max-new-tokens", type=tokens, default=MAX_NEW_TOKENS, help="an answer is cut there")
+    add("--batch-size", type=rows, default=BATCH_SIZE, help="prompts or rows at once")
+    add = parser.add_argument_group("output").add_argument
+    add("--output", default=OUTPUT, help="JSON file; the page beside it ends in .html")
+    return parser.parse_args(argv)
+
+
+def stop(message):
+    """End with one line on stderr; of many processes, the first speaks for all."""
+    sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
+def read_jsonl(path):
+    """Read the records of a JSONL file: a list of {"instruction", "input", "output"}, all str.
+
+    Ends the program with file, line and what is wrong at the first line that is no such record.
+    """
+    if not Path(path).is_file():
+        stop(f"{path}: no such file; prepare_dataset.py makes one")
+    records = []
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    stop(f"{path}:{number}: not an object; each line is one record")
+                for field in ("instruction", "input", "output"):
+                    value = record.get(field, "" if field == "input" else None)
+                    if value is None:
+                        stop(
+                            f'{path}:{number}: "{field}" is missing; prepare_dataset.py mends such files'
+                        )
+                    if not isinstance(value, str):
+                        stop(
+                            f'{path}:{number}: "{field}" is not text; prepare_dataset.py mends such files'
+                        )
+                    if not value.strip() and field != "input":
+                        stop(
+                            f'{path}:{number}: "{field}" is empty; prepare_dataset.py mends such files'
+                        )
+                    record[field] = value.strip()
+                records.append(
+                    {field: record[field] for field in ("instruction", "input", "output")}
+                )
+        except UnicodeDecodeError:
+            stop(f"{path}: not UTF-8 text; prepare_dataset.py --encoding converts it")
+        except (json.JSONDecodeError, RecursionError) as error:
+            stop(f"{path}:{number}: not valid JSON ({error}); each line is one record")
+    return records
+
+
+def user_message(record):
+    """What the user says in the chat: the instruction, then, if there is one, a blank line and the input."""
+    return "\n\n".join(part for part in (record["instruction"], record["input"]) if part)
+
+
+def chat_frame(tokenizer):
+    """Return (head, tail, end, special ids) of the model's chat template around one question and answer.
+
+    The prompt is head + question + tail; the model is to write answer + end, where end closes with the
+    end-of-turn token. A tokenizer without a template gets an Alpaca-style one, one without padding pads
+    with its end-of-text token.
+    """
+    if not tokenizer.chat_template:
+        bos = tokenizer.bos_token_id
+        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        tokenizer.chat_template = "{{ bos_token }}" * adds_bos + ALPACA_TEMPLATE
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    question, answer = "\ue000", "\ue001"  # private-use characters: no template contains them
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    try:
+        prompt = tokenizer.apply_chat_template(
+            turns[:1], tokenize=False, add_generation_prompt=True
+        )
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        head, rest = text.split(question)
+        tail, end = rest.split(answer)
+    except (jinja2.TemplateError, ValueError, TypeError) as error:
+        stop(f"the chat template of this model can't be used ({error}); choose another --model")
+    if not (head + question + tail).startswith(prompt):
+        stop("the chat template writes its prompt and its answer apart; choose another --model")
+    special = {
+        id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    ends = [end.index(token) + len(token) for token in special.values() if token in end]
+    end = end[: min(ends)] if ends else end + (tokenizer.eos_token or "")
+    return head, tail, end, set(special)
+
+
+def encode(record, tokenizer, frame, max_length):
+    """Turn a record into {"input_ids", "labels", "length" before the cut}: the labels are the ids of answer + end, else -100.
+
+    The whole text is tokenized at once, as a prompt and an answer tokenized apart need not give the same
+    ids; a token belongs to the answer if it starts there. A control token that someone typed in a record
+    (such as </s>) is spelled out as plain text.
+    """
+    head, tail, end, special = frame
+    question, answer = user_message(record), record["output"]
+    start = len(head) + len(question) + len(tail)
+    text = head + question + tail + answer + end
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    input_ids, labels = [], []
+    for id, (left, right) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        ids = [id]
+        typed = len(head) <= left < len(head) + len(question) or start <= left < start + len(answer)
+        if id in special and typed:
+            ids = tokenizer(text[left:right], add_special_tokens=False, split_special_tokens=True)[
+                "input_ids"
+            ]
+        input_ids += ids
+        labels += ids if left >= start else [-100] * len(ids)
+    return {
+        "input_ids": input_ids[:max_length],
+        "labels": labels[:max_length],
+        "length": len(input_ids),
+    }
+
+
+def collate(rows, pad_id):
+    """Pad rows on the right to (rows, longest): causal attention never looks there, so no mask is needed."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    padding = [longest - len(row["input_ids"]) for row in rows]
+    return {
+        "input_ids": torch.tensor(
+            [row["input_ids"] + [pad_id] * n for row, n in zip(rows, padding)]
+        ),
+        "labels": torch.tensor([row["labels"] + [-100] * n for row, n in zip(rows, padding)]),
+        "tokens": sum(len(row["input_ids"]) for row in rows),
+    }
+
+
+def response_nll(head, hidden, labels):
+    """Negative log-likelihood (nats) of each label that counts, row after row: shape (labels that count,).
+
+    hidden, (rows, length, size), comes from a model without its head. The head and the softmax run only
+    where a label counts, 256 tokens at a time and recomputed in the backward pass: the same loss and
+    gradient as from all logits, whose (rows, length, vocabulary) would be the largest tensor of all.
+    """
+
+    def chunk_nll(states, targets):
+        logits = head(states.to(head.weight.dtype)).float()
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    counts = labels[:, 1:] != -100  # position i predicts token i + 1
+    chunks = zip(hidden[:, :-1][counts].split(256), labels[:, 1:][counts].split(256), strict=True)
+    return torch.cat([checkpoint(chunk_nll, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def pretrained(auto_class, name, **kwargs):
+    """auto_class.from_pretrained(name), with what can go wrong said in one line."""
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except torch.OutOfMemoryError:
+        stop(
+            f"too little GPU memory to load {name}; close other programs or choose a smaller --model"
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        hint = "it needs config.json, tokenizer.json and model.safetensors"
+        if not Path(name).is_dir():
+            hint = "no such folder, and the Hub did not give it; check the name, or download it where there is a network and pass the folder"
+        stop(f"can't load the model {name}: {str(error).strip().splitlines()[0]} ({hint})")
+
+
+def take_head(model):
+    """Take the head off a causal language model, whose forward pass then ends in hidden states; returns the head."""
+    head = model.get_output_embeddings()
+    probe = torch.arange(8, device=head.weight.device)[None]
+    with torch.no_grad():
+        logits = model(probe, use_cache=False).logits
+        model.set_output_embeddings(torch.nn.Identity())
+        alike = torch.allclose(head(model(probe, use_cache=False).logits), logits, atol=1e-3)
+    if not alike:
+        stop(
+            f"{type(model).__name__} changes its logits after the head, so its loss would be wrong here; choose another --model"
+        )
+    return head
+
+
+def fingerprint(model):
+    """A short name for the base weights: SHA-256 over its first 256 token embeddings as float16."""
+    weight = model.get_input_embeddings().weight[:256].detach().half().cpu()
+    return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:16]
+
+
+def read_json(path, kind, what):
+    """Read a JSON file that must hold a `kind`; ends the program with what is wrong."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        stop(f"{path}: no such file; {what}")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        stop(f"{path}: not readable as JSON ({error}); {what}")
+    if not isinstance(value, kind):
+        stop(f"{path}: not a JSON {'list' if kind is list else 'object'}; {what}")
+    return value
+
+
+def read_prompts(path):
+    """Read the questions to ask: a JSON list of strings."""
+    prompts = read_json(path, list, 'it takes a list of questions, ["What is a Pod?", ...]')
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str) or not prompt.strip():
+            stop(f"{path}: item {number} is not a question; each must be a text that is not empty")
+    if not prompts:
+        stop(f"{path}: the list is empty; write at least one question")
+    return [prompt.strip() for prompt in prompts]
+
+
+def read_adapter(folder):
+    """Return adapter_config.json and, where lora_finetune.py wrote one, training_config.json."""
+    what = "--adapter takes the folder that lora_finetune.py wrote"
+    config = read_json(folder / "adapter_config.json", dict, what)
+    if not (folder / "adapter_model.safetensors").is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        stop(
+            f"{folder}: {'a pickled adapter is not opened' if pickled else 'no adapter in it'}; {what}"
+        )
+    if config.get("peft_type") != "LORA":
+        stop(f"{folder}: its peft_type is {config.get('peft_type')}, not LORA; {what}")
+    trained = folder / "training_config.json"
+    return config, read_json(trained, dict, what) if trained.exists() else {}
+
+
+def load_model(name, folder, load_in_4bit, precision, expected):
+    """Load the base and put the adapter on it, checking that the two belong together."""
+    device = 0 if torch.cuda.is_available() else "cpu"
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    base = pretrained(
+        AutoModelForCausalLM,
+        name,
+        dtype=dtype,
+        quantization_config=nf4 if load_in_4bit else None,
+        device_map={"": device},
+        use_safetensors=True,
+    )
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = (
+                False  # it repacks the weights, and later answers differ
+            )
+    misfit = (
+        f"the adapter {folder} does not fit the model {name}; pass the --model it was trained on"
+    )
+    if expected and fingerprint(base) != expected:
+        stop(misfit)
+    try:
+        model = peft.PeftModel.from_pretrained(base, folder).eval()
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            saved = set(file.keys())
+    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        stop(f"{misfit} ({str(error).strip().splitlines()[0][:200]})")
+    if saved != set(peft.get_peft_model_state_dict(model)):
+        stop(misfit)
+    return model
+
+
+def generate(model, tokenizer, prompts, stops, args, title):
+    """Answer each prompt (token ids) greedily: a list of {"text", "tokens", "stopped"}, and tokens/s."""
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=sorted(stops),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers, began = {}, time.monotonic()
+    batches = range(0, len(order), args.batch_size)
+    for start in tqdm(batches, f"answers, {title}", disable=HIDE_BARS, leave=False):
+        chosen = order[start : start + args.batch_size]
+        longest = max(len(prompts[i]) for i in chosen)
+        padding = [longest - len(prompts[i]) for i in chosen]
+        pad = tokenizer.pad_token_id
+        input_ids = torch.tensor([[pad] * n + prompts[i] for i, n in zip(chosen, padding)])
+        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+        )
+        for i, ids in zip(chosen, output[:, longest:].tolist(), strict=True):
+            end = next((n for n, id in enumerate(ids) if id in stops), None)
+            text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+            tokens = len(ids) if end is None else end + 1
+            answers[i] = {"text": text, "tokens": tokens, "stopped": end is not None}
+    seconds = time.monotonic() - began
+    answers = [answers[i] for i in range(len(prompts))]
+    return answers, sum(answer["tokens"] for answer in answers) / seconds
+
+
+def row_nll(model, head, rows, batch_size, pad_id, title):
+    """Sum of the negative log-likelihoods (nats) of each row's response tokens: shape (rows,)."""
+    sums = np.zeros(len(rows))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    for start in tqdm(
+        range(0, len(order), batch_size), f"perplexity, {title}", disable=HIDE_BARS, leave=False
+    ):
+        chosen = order[start : start + batch_size]
+        batch = collate([rows[i] for i in chosen], pad_id)
+        input_ids, labels = batch["input_ids"].to(model.device), batch["labels"].to(model.device)
+        nll = response_nll(head, model(input_ids=input_ids, use_cache=False).logits, labels)
+        counts = (labels[:, 1:] != -100).sum(1).tolist()
+        sums[chosen] = [part.double().sum().item() for part in nll.split(counts)]
+    return sums
+
+
+def compare(base, finetuned, tokens):
+    """Perplexities and their ratio with its interval, from each row's NLL sums (nats) and token count.
+
+    Perplexity is exp(sum of NLL / number of tokens): each token counts alike. The interval is a 95 %
+    bootstrap over rows (Efron and Tibshirani 1993, bias-corrected and accelerated): rows are drawn
+    anew with both their figures, which keeps the pairs.
+    """
+
+    def ratio(difference, tokens, axis=-1):
+        return np.exp(difference.sum(axis) / tokens.sum(axis))
+
+    difference = finetuned - base
+    interval = None
+    if len(tokens) > 1:
+        with np.errstate(all="ignore"):
+            low, high = scipy.stats.bootstrap(
+                (difference, tokens), ratio, paired=True, batch=100, rng=np.random.default_rng(0)
+            ).confidence_interval
+        if not math.isnan(low):  # nan where all rows changed alike
+            interval = [float(low), float(high)]
+    return {
+        "base": float(np.exp(base.sum() / tokens.sum())),
+        "finetuned": float(np.exp(finetuned.sum() / tokens.sum())),
+        "ratio": float(ratio(difference, tokens)),
+        "ratio_ci95": interval,
+        "tokens": int(tokens.sum()),
+        "rows": len(tokens),
+        "rows_improved": int((difference < 0).sum()),
+    }
+
+
+def write_whole(path, text):
+    """Write a text file whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def verdict(perplexity):
+    """The result in one sentence that a person can quote."""
+    if perplexity is None:
+        return "No --val-data, so no perplexity: read the answers side by side."
+    base, finetuned, ratio = (perplexity[key] for key in ("base", "finetuned", "ratio"))
+    low, high = perplexity["ratio_ci95"] or (ratio, ratio)
+    word = "Better" if high < 1 else "Worse" if low > 1 else "No clear difference"
+    return (
+        f"{word}: perplexity {base:.2f} -> {finetuned:.2f} on {perplexity['rows']} rows, "
+        f"x {ratio:.3f} (95 % interval {low:.3f} to {high:.3f}), "
+        f"{perplexity['rows_improved']} of {perplexity['rows']} rows improved."
+    )
+
+
+def wrap(text, width):
+    """Wrap prose at words; lines of a code block stay lines, cut at the width where they are longer."""
+    lines, code = [], False
+    for line in text.splitlines():
+        code ^= (fence := line.lstrip().startswith("```"))
+        if code or fence:
+            lines += [line[i : i + width] for i in range(0, max(1, len(line)), width)]
+        else:
+            lines += textwrap.wrap(line, width) or [""]
+    return lines
+
+
+def print_side_by_side(results, names=("before", "after")):
+    """Print each prompt with its two answers in two columns that fit the terminal."""
+    width = (min(shutil.get_terminal_size().columns, 160) - 3) // 2
+    for number, result in enumerate(results, 1):
+        print(f"\n[{number}/{len(results)}] " + textwrap.fill(result["prompt"], 2 * width - 5))
+        ends = ["" if result[key] else " (cut)" for key in ("base_stopped", "finetuned_stopped")]
+        rows = [["before" + ends[0]], ["after" + ends[1]]]
+        for column, key in zip(rows, ("base", "finetuned"), strict=True):
+            column += ["-" * width, *wrap(result[key], width)]
+        for left, right in itertools.zip_longest(*rows, fillvalue=""):
+            print(f"{left:<{width}} | {right}".rstrip())
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Before and after fine-tuning</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --paper: #fff;
+  --tint: #f6f8fa; --before: #57606a; --after: #0a5cc2; --alarm: #a40e26 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9da7b3; --line: #30363d;
+  --paper: #0d1117; --tint: #161b22; --before: #9da7b3; --after: #6cb0ff; --alarm: #ff9a9a } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 70rem; margin: 0 auto; padding: 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } .verdict { font-size: 1.2rem }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .soft { color: var(--soft) }
+.pair > div { background: var(--tint); border: 1px solid var(--line); border-radius: 6px;
+  padding: .5rem .8rem; min-width: 0 } h3 { font-size: .9rem; margin: 0 } .cut { color: var(--alarm) }
+pre { font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0 }
+table { border-collapse: collapse; width: 100% } td, th { border-bottom: 1px solid var(--line);
+  text-align: left; padding: .3rem .6rem .3rem 0; vertical-align: top; overflow-wrap: anywhere }
+td:not(:first-child), thead th:not(:first-child) { text-align: right } svg { width: 100%; height: auto }
+footer td:not(:first-child) { text-align: left } footer { font-size: .85rem; margin-top: 2rem }
+@media (max-width: 40rem) { .pair { grid-template-columns: 1fr } }
+@media print { .pair { break-inside: avoid } }
+</style></head><body>
+"""
+
+
+def curve(log):
+    """The loss curve of training_log.jsonl as an SVG: a line for training, points for validation."""
+    train = [(e["step"], e["loss"]) for e in log if e.get("loss") is not None]
+    val = [(e["step"], e["eval_loss"]) for e in log if e.get("eval_loss") is not None]
+    if not train:
+        return ""
+    steps, losses = zip(*train, *val, strict=True)
+    low, high, last = min(losses), max(losses), max(max(steps), 2)
+
+    def place(step, loss):
+        return 50 + 630 * (step - 1) / (last - 1), 20 + 200 * (high - loss) / (high - low or 1)
+
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in train))
+    dots = "".join(
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="var(--alarm)"><title>validation loss {loss:.4f} '
+        f"at step {step}</title></circle>"
+        for (step, loss), (x, y) in ((point, place(*point)) for point in val)
+    )
+    return f"""<h2>Loss while training</h2>
+<svg viewBox="0 0 700 260" role="img" aria-label="loss from {train[0][1]:.3f} to {train[-1][1]:.3f} in {last} steps"
+ font-size="13" fill="var(--soft)"><path d="M50 20V220H680" fill="none" stroke="var(--line)"/>
+<text x="4" y="24">{high:.2f}</text><text x="4" y="224">{low:.2f}</text><text x="50" y="240">step 1</text>
+<text x="680" y="240" text-anchor="end">step {last}</text>
+<polyline points="{line}" fill="none" stroke="var(--after)" stroke-width="2"/>{dots}</svg>
+<p class="soft">Line: training loss; dots: validation loss (nats a token).</p>"""
+
+
+def write_page(path, results, log):
+    """Write the results as one self-contained HTML page; every text from outside is escaped."""
+    text, summary, perplexity = html.escape, results["summary"], results["perplexity"]
+    parts = [
+        PAGE,
+        f'<h1>Before and after fine-tuning</h1><p class="verdict">{text(summary["verdict"])}</p>',
+    ]
+    rows = [
+        (
+            "Answers that stopped by themselves",
+            "base_stopped",
+            "finetuned_stopped",
+            "{} of %d" % summary["prompts"],
+        )
+    ]
+    rows += [
+        ("Mean length of an answer, tokens", "base_mean_tokens", "finetuned_mean_tokens", "{:.0f}")
+    ]
+    cells = [(name, form.format(summary[a]), form.format(summary[b])) for name, a, b, form in rows]
+    if perplexity:
+        cells.insert(
+            0, ("Perplexity", f"{perplexity['base']:.3f}", f"{perplexity['finetuned']:.3f}")
+        )
+    parts.append(
+        "<table><thead><tr><th>Measure</th><th>Before</th><th>After</th></tr></thead><tbody>"
+    )
+    parts += [f"<tr><th scope=row>{a}</th><td>{b}</td><td>{c}</td></tr>" for a, b, c in cells]
+    parts += ["</tbody></table>", curve(log), "<h2>Answers side by side</h2>"]
+    for result in results["prompts"]:
+        parts.append(f"<h2>{text(result['prompt'])}</h2><div class=pair>")
+        for name, key in ("Before", "base"), ("After", "finetuned"):
+            cut = "" if result[f"{key}_stopped"] else ' <span class="cut">did not stop, cut</span>'
+            parts.append(f"<div><h3>{name}{cut}</h3><pre>{text(result[key])}</pre></div>")
+        parts.append("</div>")
+    parts.append("<footer><h2>Settings</h2><table><tbody>")
+    for name, value in results["settings"].items():
+        parts.append(f"<tr><th scope=row>{text(name)}</th><td>{text(str(value))}</td></tr>")
+    parts.append("</tbody></table></footer></body></html>\n")
+    write_whole(path, "\n".join(parts))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    clear_device_cache(garbage_collection=True)  # in a notebook: what an earlier cell left
+    transformers.logging.set_verbosity_error()
+    if HIDE_BARS:
+        transformers.logging.disable_progress_bar()
+
+    folder, output = Path(args.adapter), Path(args.output)
+    adapter, training = read_adapter(folder)
+    trained = training.get("arguments", {})
+    questions = read_prompts(args.prompts) if args.prompts else QUESTIONS
+    records = read_jsonl(args.val_data) if args.val_data else []
+    name = args.model or adapter.get("base_model_name_or_path")
+    precision = args.precision or trained.get("precision", "fp16")
+    precision = precision if torch.cuda.is_available() else "fp32"
+    load_in_4bit = (
+        trained.get("load_in_4bit", True) if args.load_in_4bit is None else args.load_in_4bit
+    )
+    if output.suffix != ".json" or output.is_dir():
+        stop(f"--output {output}: must be a file that ends in .json")
+
+    own_tokenizer = (folder / "tokenizer_config.json").exists()
+    tokenizer = pretrained(AutoTokenizer, folder if own_tokenizer else name)
+    frame = chat_frame(tokenizer)
+    model = load_model(name, folder, load_in_4bit, precision, training.get("base_fingerprint"))
+    base = model.get_base_model()
+    longest = trained.get("max_seq_length") or base.config.max_position_embeddings
+
+    def prompt_ids(question):
+        row = encode({"instruction": question, "input": "", "output": ""}, tokenizer, frame, 2**30)
+        return [
+            id for id, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100
+        ]
+
+    prompts = [prompt_ids(question) for question in questions]
+    stops = {
+        tokenizer.eos_token_id,
+        *tokenizer(frame[2], add_special_tokens=False)["input_ids"][-1:],
+    }
+    stops |= set(np.atleast_1d(base.generation_config.eos_token_id or []).tolist())
+    with (
+        torch.inference_mode(),
+        torch.autocast(model.device.type, enabled=precision != "fp32", dtype=base.dtype),
+    ):
+        with model.disable_adapter():
+            before, _ = generate(model, tokenizer, prompts, stops, args, "before")
+        after, speed = generate(model, tokenizer, prompts, stops, args, "after")
+        perplexity = None
+        if records:
+            rows = [encode(record, tokenizer, frame, longest) for record in records]
+            rows = [row for row in rows if row["labels"][-1] != -100]
+            tokens = np.array([sum(label != -100 for label in row["labels"]) for row in rows])
+            head, pad = take_head(base), tokenizer.pad_token_id
+            with model.disable_adapter():
+                base_nll = row_nll(model, head, rows, args.batch_size, pad, "before")
+            perplexity = compare(
+                base_nll, row_nll(model, head, rows, args.batch_size, pad, "after"), tokens
+            )
+
+    changed = sum(a["text"] != b["text"] for a, b in zip(before, after, strict=True))
+    results = {
+        "summary": {
+            "verdict": verdict(perplexity),
+            "prompts": len(questions),
+            "answers_changed": changed,
+            "base_stopped": sum(a["stopped"] for a in before),
+            "finetuned_stopped": sum(a["stopped"] for a in after),
+            "base_mean_tokens": sum(a["tokens"] for a in before) / len(before),
+            "finetuned_mean_tokens": sum(a["tokens"] for a in after) / len(after),
+            "tokens_per_second": speed,
+        },
+        "prompts": [
+            {
+                "prompt": question,
+                "base": a["text"],
+                "finetuned": b["text"],
+                "base_stopped": a["stopped"],
+                "finetuned_stopped": b["stopped"],
+                "base_tokens": a["tokens"],
+                "finetuned_tokens": b["tokens"],
+            }
+            for question, a, b in zip(questions, before, after, strict=True)
+        ],
+        "perplexity": perplexity,
+        "settings": vars(args)
+        | {
+            "model": name,
+            "precision": precision,
+            "load_in_4bit": load_in_4bit,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "versions": {
+                p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "scipy")
+            },
+        },
+    }
+    print_side_by_side(results["prompts"])
+    summary = results["summary"]
+    if not changed:
+        print(
+            "\nWARNING: no answer changed, the adapter has no effect. Was it trained long enough?"
+        )
+    print(f"\n{textwrap.fill(summary['verdict'], 78)}")
+    print(
+        f"answers     {changed} of {len(questions)} changed; stopped by themselves "
+        f"{summary['base_stopped']} -> {summary['finetuned_stopped']}; mean length "
+        f"{summary['base_mean_tokens']:.0f} -> {summary['finetuned_mean_tokens']:.0f} tokens"
+    )
+    print(f"speed       {speed:,.0f} tokens/s")
+    log = folder / "training_log.jsonl"
+    log = (
+        [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        if log.exists()
+        else []
+    )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(
+            output, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        )
+        write_page(output.with_suffix(".html"), results, log)
+    except OSError as error:
+        stop(f"can't write {output} ({error.strerror}); choose another --output")
+    print(f"saved       {output}\npage        {output.with_suffix('.html')}")
+    return summary | {"perplexity": perplexity}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; nothing was written")
