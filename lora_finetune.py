@@ -802,10 +802,9 @@ def main(argv=None):
     say(f"training    {total:,} steps of {rows_per_step} rows ({per_epoch:,} steps an epoch)")
     show_example(rows[0], tokenizer)
 
-    blank = {"input_ids": [tokenizer.pad_token_id], "labels": [-100]}  # so that all steps are whole
-    blanks = datasets.Dataset.from_list(
-        [blank] * (-len(rows) % rows_per_step), features=rows.features
-    )
+    blanks = -len(rows) % rows_per_step  # rows without a label make all steps whole, whatever splits them
+    blanks = {"input_ids": [[tokenizer.pad_token_id]] * blanks, "labels": [[-100]] * blanks}
+    blanks = datasets.Dataset.from_dict(blanks, features=rows.features)
     padded = datasets.concatenate_datasets([rows, blanks])
     trainer = fit(
         args, precision, model, head, padded, val_rows, tokenizer.pad_token_id, run, steps
