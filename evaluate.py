@@ -30,7 +30,6 @@ import torch
 import transformers
 from accelerate.utils.memory import clear_device_cache
 from safetensors import SafetensorError, safe_open
-from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
@@ -240,21 +239,16 @@ def collate(rows, pad_id):
     }
 
 
-def response_nll(head, hidden, labels):
-    """Negative log-likelihood (nats) of each label that counts, row after row: shape (labels that count,).
-
-    hidden, (rows, length, size), comes from a model without its head. The head and the softmax run only
-    where a label counts, 256 tokens at a time and recomputed in the backward pass: the same loss and
-    gradient as from all logits, whose (rows, length, vocabulary) would be the largest tensor of all.
-    """
-
-    def chunk_nll(states, targets):
-        logits = head(states.to(head.weight.dtype)).float()
-        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-
+def counted(hidden, labels):
+    """The hidden states that predict a label that counts, (tokens, size), and these labels, (tokens,)."""
     counts = labels[:, 1:] != -100  # position i predicts token i + 1
-    chunks = zip(hidden[:, :-1][counts].split(256), labels[:, 1:][counts].split(256), strict=True)
-    return torch.cat([checkpoint(chunk_nll, *chunk, use_reentrant=False) for chunk in chunks])
+    return hidden[:, :-1][counts], labels[:, 1:][counts]
+
+
+def token_nll(head, states, targets):
+    """Negative log-likelihood in nats of each target token: shape (tokens,)."""
+    logits = head(states.to(head.weight.dtype)).float()
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
 def pretrained(auto_class, name, **kwargs):
@@ -414,9 +408,11 @@ def row_nll(model, head, rows, batch_size, pad_id, title):
         chosen = order[start : start + batch_size]
         batch = collate([rows[i] for i in chosen], pad_id)
         input_ids, labels = batch["input_ids"].to(model.device), batch["labels"].to(model.device)
-        nll = response_nll(head, model(input_ids=input_ids, use_cache=False).logits, labels)
+        states, targets = counted(model(input_ids=input_ids, use_cache=False).logits, labels)
+        parts = zip(states.split(256), targets.split(256), strict=True)
+        nll = torch.cat([token_nll(head, *part) for part in parts]).double()
         counts = (labels[:, 1:] != -100).sum(1).tolist()
-        sums[chosen] = [part.double().sum().item() for part in nll.split(counts)]
+        sums[chosen] = [row.sum().item() for row in nll.split(counts)]
     return sums
 
 

@@ -294,21 +294,16 @@ def collate(rows, pad_id):
     }
 
 
-def response_nll(head, hidden, labels):
-    """Negative log-likelihood (nats) of each label that counts, row after row: shape (labels that count,).
-
-    hidden, (rows, length, size), comes from a model without its head. The head and the softmax run only
-    where a label counts, 256 tokens at a time and recomputed in the backward pass: the same loss and
-    gradient as from all logits, whose (rows, length, vocabulary) would be the largest tensor of all.
-    """
-
-    def chunk_nll(states, targets):
-        logits = head(states.to(head.weight.dtype)).float()
-        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-
+def counted(hidden, labels):
+    """The hidden states that predict a label that counts, (tokens, size), and these labels, (tokens,)."""
     counts = labels[:, 1:] != -100  # position i predicts token i + 1
-    chunks = zip(hidden[:, :-1][counts].split(256), labels[:, 1:][counts].split(256), strict=True)
-    return torch.cat([checkpoint(chunk_nll, *chunk, use_reentrant=False) for chunk in chunks])
+    return hidden[:, :-1][counts], labels[:, 1:][counts]
+
+
+def token_nll(head, states, targets):
+    """Negative log-likelihood in nats of each target token: shape (tokens,)."""
+    logits = head(states.to(head.weight.dtype)).float()
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
 def pretrained(auto_class, name, **kwargs):
@@ -345,6 +340,24 @@ def fingerprint(model):
     """A short name for the base weights: SHA-256 over its first 256 token embeddings as float16."""
     weight = model.get_input_embeddings().weight[:256].detach().half().cpu()
     return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:16]
+
+
+def checkpoint_layer(layer, *inputs, **kwargs):
+    """Run a decoder layer that keeps only its input, in host memory, and is run again in the backward pass."""
+
+    def to_host(tensor):
+        if not tensor.is_cuda:
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)  # ordered by the stream, so no need to wait
+
+    def to_device(tensor):
+        return tensor.to(
+            torch.cuda.current_device() if torch.cuda.is_available() else "cpu", non_blocking=True
+        )
+
+    with torch.autograd.graph.saved_tensors_hooks(to_host, to_device):
+        return checkpoint(layer, *inputs, use_reentrant=False, **kwargs)
 
 
 def load_model(args, device, precision):
@@ -387,17 +400,19 @@ def load_model(args, device, precision):
         task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(model, lora)
-    if args.gradient_checkpointing:
-        enable = (
-            getattr(model, "activation_checkpointing_enable", None)
-            or model.gradient_checkpointing_enable
-        )
-        enable({"use_reentrant": False})
-    if args.compile:
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                for child in module.children():  # inside the checkpoint, so that graphs are whole
-                    child.compile(dynamic=True)
+    for module in model.modules():
+        if hasattr(
+            module, "variance_epsilon"
+        ):  # the RMSNorm of Llama and its kin: one kernel for eight
+            size, eps = module.weight.shape, module.variance_epsilon
+            module.forward = partial(
+                torch.nn.functional.rms_norm, normalized_shape=size, weight=module.weight, eps=eps
+            )
+        if isinstance(module, GradientCheckpointingLayer):
+            if args.compile:  # inside the checkpoint, so that the graph is whole
+                module.forward = torch.compile(module.forward, dynamic=True)
+            if args.gradient_checkpointing:
+                module.forward = partial(checkpoint_layer, module.forward)
     return model, head
 
 
@@ -417,12 +432,23 @@ class ResponseTrainer(transformers.Trainer):
         return self.sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean NLL over the response tokens of the whole step (a sum that Trainer adds up).
+
+        All logits, (rows, length, vocabulary), would be the largest tensor of the step. So head and
+        softmax run only where a label counts, 256 tokens at a time, and each part's gradient is taken
+        on the spot: `pull` carries it into the backward pass without changing the value.
+        """
         self.tokens += inputs["tokens"] * WORLD_SIZE
         hidden = model(input_ids=inputs["input_ids"], use_cache=False).logits
-        nll = response_nll(self.head, hidden, inputs["labels"])
-        return (
-            nll.sum() * WORLD_SIZE / num_items_in_batch
-        )  # processes are averaged, so times their number
+        states, targets = counted(hidden, inputs["labels"])
+        total, gradients = 0.0, []
+        for part, target in zip(states.detach().split(256), targets.split(256)):
+            nll = token_nll(self.head, part.requires_grad_(), target).sum()
+            gradients.append(torch.autograd.grad(nll * 1024, part)[0] / 1024)  # or fp16 underflows
+            total += nll.detach()
+        pull = (states * torch.cat(gradients)).sum()
+        scale = WORLD_SIZE / num_items_in_batch  # processes are averaged, so times their number
+        return (total + (pull - pull.detach())) * scale
 
     def evaluate(self, *args, **kwargs):
         """Log and return the validation loss: nats over all response tokens divided by their number."""
@@ -437,8 +463,10 @@ class ResponseTrainer(transformers.Trainer):
                 batch = self.data_collator(rows[start : start + size])
                 batch = self._prepare_inputs(batch)
                 hidden = self.model(input_ids=batch["input_ids"], use_cache=False).logits
-                nll = response_nll(self.head, hidden, batch["labels"])
-                total += torch.stack([nll.sum(), torch.tensor(float(len(nll)), device=nll.device)])
+                states, targets = counted(hidden, batch["labels"])
+                for part, target in zip(states.split(256), targets.split(256)):
+                    total[0] += token_nll(self.head, part, target).sum()
+                total[1] += len(targets)
         nats, tokens = self.accelerator.reduce(total, "sum").tolist()
         self.log({"eval_loss": nats / tokens})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
@@ -802,7 +830,9 @@ def main(argv=None):
     say(f"training    {total:,} steps of {rows_per_step} rows ({per_epoch:,} steps an epoch)")
     show_example(rows[0], tokenizer)
 
-    blanks = -len(rows) % rows_per_step  # rows without a label make all steps whole, whatever splits them
+    blanks = (
+        -len(rows) % rows_per_step
+    )  # rows without a label make all steps whole, whatever splits them
     blanks = {"input_ids": [[tokenizer.pad_token_id]] * blanks, "labels": [[-100]] * blanks}
     blanks = datasets.Dataset.from_dict(blanks, features=rows.features)
     padded = datasets.concatenate_datasets([rows, blanks])
