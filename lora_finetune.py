@@ -19,6 +19,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -177,39 +178,34 @@ def read_jsonl(path):
 
     Ends the program with file, line and what is wrong at the first line that is no such record.
     """
+    advice = "prepare_dataset.py makes and mends such files"
     if not Path(path).is_file():
-        stop(f"{path}: no such file; prepare_dataset.py makes one")
+        stop(f"{path}: no such file; {advice}")
     records = []
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    stop(f"{path}:{number}: not an object; each line is one record")
-                for field in ("instruction", "input", "output"):
-                    value = record.get(field, "" if field == "input" else None)
-                    if value is None:
-                        stop(
-                            f'{path}:{number}: "{field}" is missing; prepare_dataset.py mends such files'
-                        )
-                    if not isinstance(value, str):
-                        stop(
-                            f'{path}:{number}: "{field}" is not text; prepare_dataset.py mends such files'
-                        )
-                    if not value.strip() and field != "input":
-                        stop(
-                            f'{path}:{number}: "{field}" is empty; prepare_dataset.py mends such files'
-                        )
-                    record[field] = value.strip()
-                records.append(
-                    {field: record[field] for field in ("instruction", "input", "output")}
-                )
-        except UnicodeDecodeError:
-            stop(f"{path}: not UTF-8 text; prepare_dataset.py --encoding converts it")
-        except (json.JSONDecodeError, RecursionError) as error:
-            stop(f"{path}:{number}: not valid JSON ({error}); each line is one record")
+    try:
+        for number, line in enumerate(open(path, encoding="utf-8-sig"), 1):
+            if not line.strip():
+                continue
+            row, record = json.loads(line), {}
+            if not isinstance(row, dict):
+                stop(f"{path}:{number}: not an object; {advice}")
+            for field in ("instruction", "input", "output"):
+                value = row.get(field)
+                if value is None and field == "input":
+                    value = ""
+                if not isinstance(value, str):
+                    wrong = "missing" if value is None else "not text"
+                    stop(f'{path}:{number}: "{field}" is {wrong}; {advice}')
+                record[field] = value.strip()
+                if not record[field] and field != "input":
+                    stop(f'{path}:{number}: "{field}" is empty; {advice}')
+            records.append(record)
+    except UnicodeDecodeError:
+        stop(f"{path}: not UTF-8 text; {advice}")
+    except (json.JSONDecodeError, RecursionError) as error:
+        stop(f"{path}:{number}: not valid JSON ({error}); {advice}")
+    if not records:
+        stop(f"{path}: no records in it; {advice}")
     return records
 
 
@@ -311,13 +307,13 @@ def pretrained(auto_class, name, **kwargs):
     try:
         return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
     except torch.OutOfMemoryError:
-        stop(
-            f"too little GPU memory to load {name}; close other programs or choose a smaller --model"
-        )
+        stop(f"too little GPU memory for {name}; close other programs or choose a smaller --model")
+    except ImportError as error:
+        stop(f"{str(error).strip().splitlines()[0]}; pip install -r requirements.txt")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        hint = "it needs config.json, tokenizer.json and model.safetensors"
+        hint = "the folder needs config.json, tokenizer.json and model.safetensors"
         if not Path(name).is_dir():
-            hint = "no such folder, and the Hub did not give it; check the name, or download it where there is a network and pass the folder"
+            hint = "no such folder, and the Hub gave none; offline, pass a folder as --model"
         stop(f"can't load the model {name}: {str(error).strip().splitlines()[0]} ({hint})")
 
 
@@ -372,14 +368,19 @@ def load_model(args, device, precision):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    model = pretrained(
+    model, info = pretrained(
         AutoModelForCausalLM,
         args.model,
         dtype=dtype,
         quantization_config=nf4 if args.load_in_4bit else None,
         device_map={"": device},
         use_safetensors=True,
+        output_loading_info=True,
     )
+    if info["missing_keys"]:
+        stop(
+            f"{args.model} lacks weights, such as {sorted(info['missing_keys'])[0]}; download it again"
+        )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = (
@@ -776,11 +777,9 @@ def check_output(args):
         stop(f"{folder} holds a finished run; choose another --output, or --overwrite it")
     if unfinished and not (args.resume or args.overwrite):
         stop(f"{folder} holds an unfinished run; --resume goes on with it, --overwrite drops it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        stop(f"can't write to {folder} ({error.strerror}); choose another --output")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        stop(f"can't write to {nearest}; choose another --output")
 
 
 def show_example(row, tokenizer):
@@ -795,6 +794,7 @@ def main(argv=None):
     args = parse_args(argv)
     clear_device_cache(garbage_collection=True)  # in a notebook: what an earlier cell left
     transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries
     if HIDE_BARS:
         transformers.logging.disable_progress_bar()
         datasets.disable_progress_bars()
@@ -836,9 +836,14 @@ def main(argv=None):
     blanks = {"input_ids": [[tokenizer.pad_token_id]] * blanks, "labels": [[-100]] * blanks}
     blanks = datasets.Dataset.from_dict(blanks, features=rows.features)
     padded = datasets.concatenate_datasets([rows, blanks])
-    trainer = fit(
-        args, precision, model, head, padded, val_rows, tokenizer.pad_token_id, run, steps
-    )
+    try:
+        trainer = fit(
+            args, precision, model, head, padded, val_rows, tokenizer.pad_token_id, run, steps
+        )
+        if RANK == 0 and trainer.state.global_step == total:
+            save_adapter(model, tokenizer, Path(args.output))
+    except (OSError, SafetensorError) as error:
+        stop(f"can't write to {args.output} ({error}); free some space, then go on with --resume")
     folder, state = Path(args.output), trainer.state
     if state.global_step < total:
         sys.exit(
@@ -855,7 +860,6 @@ def main(argv=None):
         "memory_mib": memory_mib(),
     }
     if RANK == 0:
-        save_adapter(model, tokenizer, folder)
         packages = "torch transformers peft accelerate bitsandbytes datasets".split()
         config = {
             "arguments": vars(args) | {"precision": precision},
