@@ -223,7 +223,9 @@ def clean_record(raw):
 
 def fold(text):
     """Text as compared: Unicode NFC, without regard to case and white space."""
-    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    return " ".join(text.casefold().split())
 
 
 def digest(text):
@@ -293,6 +295,7 @@ def main(argv=None):
     columns = {name.strip().casefold(): field for field, name in names.items()}
     lines, keys, lengths, rejected = [], [], [], []
     known, answers, reasons = set(), Counter(), Counter()
+    as_json = json.JSONEncoder(ensure_ascii=False).encode
     read = 0
     try:
         with open_text(source, args.encoding) as text:
@@ -315,7 +318,7 @@ def main(argv=None):
                 answers[key] += 1
                 keys.append(key)
                 lengths.append(question.count(" ") + answer.count(" ") + 2)
-                lines.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                lines.append(as_json(record).encode() + b"\n")
     except UnicodeError:
         sys.exit(
             f"error: {source}: not {args.encoding} text; name its --encoding, e.g. windows-1252 or utf-16"

