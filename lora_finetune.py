@@ -842,8 +842,10 @@ def main(argv=None):
         )
         if RANK == 0 and trainer.state.global_step == total:
             save_adapter(model, tokenizer, Path(args.output))
-    except (OSError, SafetensorError) as error:
-        stop(f"can't write to {args.output} ({error}); free some space, then go on with --resume")
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise  # torch.save says by that name that a file could not be written
+        stop(f"can't write to {args.output} ({str(error)[:80]}); free space, then --resume goes on")
     folder, state = Path(args.output), trainer.state
     if state.global_step < total:
         sys.exit(

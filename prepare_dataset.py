@@ -38,7 +38,7 @@ STRICT = False  # True: refuse the whole file if any row is unusable
 # ---------------------------------------------------------------------------------------------
 
 FIELDS = ("instruction", "input", "output")
-DELIMITERS = {",": ",", ";": ";", "tab": "\t", "\t": "\t", "|": "|"}
+DELIMITERS = {",": ",", ";": ";", "tab": "\t", "|": "|"}
 BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -51,48 +51,29 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with UTF-16'
 def parse_args(argv=None):
     if argv is None and "kernel_launcher" in sys.argv[0]:
         argv = []  # pasted into a notebook cell: sys.argv is the kernel's, the constants above decide
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """The docstring as it stands, each option with its default."""
+
     parser = argparse.ArgumentParser(
-        prog="prepare_dataset.py",
-        usage="%(prog)s [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "prepare_dataset.py",
+        "%(prog)s [options]",
+        __doc__,
+        formatter_class=Help,
         allow_abbrev=False,
     )
-    data = parser.add_argument_group("data")
-    data.add_argument("--input", default=INPUT, help="file to read (default: %(default)s)")
-    data.add_argument("--output", default=OUTPUT, help="folder to write (default: %(default)s)")
-    data.add_argument(
-        "--columns",
-        nargs="+",
-        default=COLUMNS,
-        metavar="FIELD=COLUMN",
-        help="other column names, e.g. instruction=question output=answer (default: the field names)",
-    )
-    data.add_argument(
-        "--encoding",
-        default=ENCODING,
-        help="of the input, e.g. windows-1252 (default: %(default)s)",
-    )
-    data.add_argument(
-        "--delimiter",
-        default=DELIMITER,
-        choices=["auto", *DELIMITERS],
-        help="of a CSV (default: %(default)s)",
-    )
-    split = parser.add_argument_group("split")
-    split.add_argument(
-        "--val-split",
-        type=float,
-        default=VAL_SPLIT,
-        help="share held out, 0 up to 1 (default: %(default)s)",
-    )
-    split.add_argument("--seed", type=int, default=SEED, help="of the split (default: %(default)s)")
-    split.add_argument(
-        "--strict",
-        action=argparse.BooleanOptionalAction,
-        default=STRICT,
-        help="refuse a file with any unusable row (default: %(default)s)",
-    )
+    delimiters, switch = ["auto", *DELIMITERS], argparse.BooleanOptionalAction
+    add = parser.add_argument_group("data").add_argument
+    add("--input", default=INPUT, help="file to read")
+    add("--output", default=OUTPUT, help="folder to write")
+    names = "other column names, such as instruction=question output=answer"
+    add("--columns", nargs="+", default=COLUMNS, metavar="FIELD=COLUMN", help=names)
+    add("--encoding", default=ENCODING, help="of the input, such as windows-1252")
+    add("--delimiter", default=DELIMITER, choices=delimiters, help="of a CSV")
+    add = parser.add_argument_group("split").add_argument
+    add("--val-split", type=float, default=VAL_SPLIT, help="share of rows held out, 0 up to 1")
+    add("--seed", type=int, default=SEED, help="same seed, same split")
+    add("--strict", action=switch, default=STRICT, help="refuse a file with any unusable row")
     args = parser.parse_args(argv)
     if not 0 <= args.val_split < 1:
         parser.error(f"--val-split {args.val_split}: must be at least 0 and below 1, e.g. 0.1")
@@ -344,29 +325,29 @@ def main(argv=None):
         "rejected.jsonl": [json.dumps(row).encode() + b"\n" for row in rejected],
     }
     write_files(folder, files)
-    duplicates = read - len(rejected) - len(lines)
-    conflicts = sum(count for count in answers.values() if count > 1)
     lengths.sort()
-    median, p95 = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
-    print(f"read        {read:>9,} rows <- {source}")
-    print(
-        f"rejected    {len(rejected):>9,} rows -> {folder / 'rejected.jsonl'}"
-        + f" ({complaint})" * bool(rejected)
-    )
-    print(f"duplicates  {duplicates:>9,} rows, written once")
-    print(f"conflicts   {conflicts:>9,} rows ask the same and answer differently")
-    print(f"train       {len(files['train.jsonl']):>9,} rows -> {folder / 'train.jsonl'}")
-    print(f"val         {len(files['val.jsonl']):>9,} rows -> {folder / 'val.jsonl'}")
-    print(f"length      median {median:,}, p95 {p95:,}, max {lengths[-1]:,} words a row")
-    print(f"next: python lora_finetune.py --dataset {folder}")
-    return {
+    counts = {
         "read": read,
         "rejected": len(rejected),
-        "duplicates": duplicates,
-        "conflicts": conflicts,
+        "duplicates": read - len(rejected) - len(lines),
+        "conflicts": sum(count for count in answers.values() if count > 1),
         "train": len(files["train.jsonl"]),
         "val": len(files["val.jsonl"]),
     }
+    notes = {
+        "read": f"<- {source}",
+        "rejected": f"-> {folder / 'rejected.jsonl'} ({complaint or 'none'})",
+        "duplicates": "of another row, left out",
+        "conflicts": "ask the same and answer differently",
+        "train": f"-> {folder / 'train.jsonl'}",
+        "val": f"-> {folder / 'val.jsonl'}",
+    }
+    for name, count in counts.items():
+        print(f"{name:<10} {count:>9,} rows {notes[name]}")
+    median, p95 = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
+    print(f"length     median {median:,}, p95 {p95:,}, max {lengths[-1]:,} words a row")
+    print(f"next: python lora_finetune.py --dataset {folder}")
+    return counts
 
 
 if __name__ == "__main__":
