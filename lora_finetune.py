@@ -458,11 +458,9 @@ class ResponseTrainer(transformers.Trainer):
         total = torch.zeros(2, device=self.args.device)
         self.model.eval()
         with torch.no_grad():
-            for start in tqdm(
-                range(0, len(rows), size), "validation", disable=HIDE_BARS, leave=False, delay=2
-            ):
-                batch = self.data_collator(rows[start : start + size])
-                batch = self._prepare_inputs(batch)
+            starts = range(0, len(rows), size)
+            for start in tqdm(starts, "validation", disable=HIDE_BARS, leave=False, delay=2):
+                batch = self._prepare_inputs(self.data_collator(rows[start : start + size]))
                 hidden = self.model(input_ids=batch["input_ids"], use_cache=False).logits
                 states, targets = counted(hidden, batch["labels"])
                 for part, target in zip(states.split(256), targets.split(256)):
@@ -494,12 +492,9 @@ class TrainingLog(transformers.TrainerCallback):
         )
         if RANK == 0:  # of an earlier run, keep what the checkpoint goes on from
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.first else []
-            lines = [
-                line
-                for line in lines
-                if line.endswith("}") and json.loads(line)["step"] <= self.first
-            ]
-            write_whole(self.path, "".join(f"{line}\n" for line in lines))
+            whole = [json.loads(line) for line in lines if line.endswith("}")]
+            kept = [json.dumps(entry) + "\n" for entry in whole if entry["step"] <= self.first]
+            write_whole(self.path, "".join(kept))
         say("  step   epoch     loss        lr  grad norm   tokens/s    MiB  time left")
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -508,13 +503,9 @@ class TrainingLog(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
         if self.trainer.eval_dataset is not None:
-            ends = (
-                state.global_step % self.steps_per_epoch == 0
-                or state.global_step == state.max_steps
-            )
-            control.should_evaluate = (
-                ends  # before the checkpoint of this step, so that it is not lost
-            )
+            # evaluated before the checkpoint of this step is written, so that a restart loses none
+            epoch_ends = state.global_step % self.steps_per_epoch == 0
+            control.should_evaluate = epoch_ends or state.global_step == state.max_steps
         if self.stopping:
             self.trainer.accelerator.set_trigger()
         if self.trainer.accelerator.check_trigger():  # any process was asked to stop
@@ -528,15 +519,12 @@ class TrainingLog(transformers.TrainerCallback):
         elif "loss" in logs:
             now, done = time.monotonic(), state.global_step - self.first
             loss, rate, norm = (logs.get(key) for key in ("loss", "learning_rate", "grad_norm"))
-            speed, left = (
-                self.trainer.tokens / (now - self.clock),
-                (state.max_steps - state.global_step),
-            )
-            left = timedelta(seconds=round((now - self.began) / done * left))
+            speed = self.trainer.tokens / (now - self.clock)
+            left = (now - self.began) / done * (state.max_steps - state.global_step)
             entry |= {"loss": loss, "learning_rate": rate, "grad_norm": norm}
             entry |= {"tokens_per_second": round(speed, 1), "memory_mib": memory_mib()}
-            line = f"{entry['step']:>6} {state.epoch:>7.2f} {loss:>8.4f} {rate:>9.2e} {norm:>10.3f} {speed:>10,.0f}"
-            line += f" {entry['memory_mib']:>6,} {left!s:>10}"
+            line = f"{state.global_step:>6} {state.epoch:>7.2f} {loss:>8.4f} {rate:>9.2e} {norm:>10.3f}"
+            line += f" {speed:>10,.0f} {memory_mib():>6,} {timedelta(seconds=round(left))!s:>10}"
         else:
             return
         say(line)
@@ -550,21 +538,15 @@ class TrainingLog(transformers.TrainerCallback):
     def check_finite(self, loss=0.0):
         weights = [weight for weight in self.trainer.model.parameters() if weight.requires_grad]
         if not (math.isfinite(loss) and torch.nn.utils.get_total_norm(weights).isfinite()):
-            stop(
-                "loss or weights are no longer finite; lower --learning-rate, try --precision bf16 or fp32, look for "
-                "odd rows in the data. The last checkpoint before it stands"
-            )
+            causes = "lower --learning-rate, try --precision bf16 or fp32, look for odd rows"
+            stop(f"loss or weights are no longer finite; {causes}. Earlier checkpoints stand")
 
     def on_save(self, args, state, control, **kwargs):
         self.check_finite()
         self.trainer.accelerator.wait_for_everyone()
         if RANK == 0:
             folder = self.path.parent / f"checkpoint-{state.global_step}"
-            files = {
-                path.name: sha256(path)
-                for path in folder.iterdir()
-                if path.is_file() and path.name != SEAL
-            }
+            files = {path.name: sha256(path) for path in folder.iterdir() if path.name != SEAL}
             write_whole(folder / SEAL, json.dumps({"run": self.run, "files": files}))
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -618,18 +600,16 @@ def fit(args, precision, model, head, rows, val_rows, pad_id, run, steps):
     """Train and return the Trainer. Out of memory, the micro-batch halves and the rows of a step stay the same."""
     rows_per_step = args.batch_size * args.gradient_accumulation_steps  # of one process
     micro_batch = rows_per_step if args.auto_batch_size else args.batch_size
-    untrained = {
-        name: weight.clone() for name, weight in peft.get_peft_model_state_dict(model).items()
-    }
+    adapter = peft.get_peft_model_state_dict(model)
+    untrained = {name: weight.cpu().clone() for name, weight in adapter.items()}
 
     def smaller():
         nonlocal micro_batch
         divisors = [n for n in range(1, micro_batch // 2 + 1) if rows_per_step % n == 0]
         micro_batch = max(divisors, default=0) if WORLD_SIZE == 1 else 0
         if micro_batch:
-            print(
-                f"out of memory: micro-batches of {micro_batch} now, {rows_per_step // micro_batch} a step"
-            )
+            parts = rows_per_step // micro_batch
+            say(f"out of memory: going on with {parts} micro-batches of {micro_batch} rows a step")
         return micro_batch
 
     @find_executable_batch_size(starting_batch_size=micro_batch, reduce_batch_size_fn=smaller)
@@ -661,9 +641,7 @@ def fit(args, precision, model, head, rows, val_rows, pad_id, run, steps):
             report_to="none",
             seed=args.seed,
         )
-        settings._n_gpu = min(
-            settings.n_gpu, 1
-        )  # else one process would spread its batch over all GPUs
+        settings._n_gpu = min(settings.n_gpu, 1)  # one process uses one GPU, whatever else is there
         trainer = ResponseTrainer(
             model=model,
             args=settings,
@@ -675,10 +653,8 @@ def fit(args, precision, model, head, rows, val_rows, pad_id, run, steps):
         log = TrainingLog(trainer, run, steps["per_epoch"])
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(log)
-        handlers = {
-            signum: signal.signal(signum, log.ask_to_stop)
-            for signum in (signal.SIGINT, signal.SIGTERM)
-        }
+        signals = signal.SIGINT, signal.SIGTERM
+        handlers = {signum: signal.signal(signum, log.ask_to_stop) for signum in signals}
         try:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         finally:
@@ -824,22 +800,20 @@ def main(argv=None):
 
     model, head = load_model(args, device, precision)
     trained, parameters = model.get_nb_trainable_parameters()
-    say(
-        f"model       {args.model}, {memory_mib():,} MiB; {trained:,} parameters of {parameters:,} are trained"
-    )
+    say(f"model       {args.model}, {memory_mib():,} MiB")
+    say(f"adapter     {trained:,} parameters are trained, {trained / parameters:.2%} of all")
     say(f"training    {total:,} steps of {rows_per_step} rows ({per_epoch:,} steps an epoch)")
     show_example(rows[0], tokenizer)
 
     blanks = (
         -len(rows) % rows_per_step
-    )  # rows without a label make all steps whole, whatever splits them
+    )  # rows without a label: steps are whole, whatever splits them
     blanks = {"input_ids": [[tokenizer.pad_token_id]] * blanks, "labels": [[-100]] * blanks}
     blanks = datasets.Dataset.from_dict(blanks, features=rows.features)
     padded = datasets.concatenate_datasets([rows, blanks])
+    pad_id = tokenizer.pad_token_id
     try:
-        trainer = fit(
-            args, precision, model, head, padded, val_rows, tokenizer.pad_token_id, run, steps
-        )
+        trainer = fit(args, precision, model, head, padded, val_rows, pad_id, run, steps)
         if RANK == 0 and trainer.state.global_step == total:
             save_adapter(model, tokenizer, Path(args.output))
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -848,19 +822,13 @@ def main(argv=None):
         stop(f"can't write to {args.output} ({str(error)[:80]}); free space, then --resume goes on")
     folder, state = Path(args.output), trainer.state
     if state.global_step < total:
-        sys.exit(
-            f"stopped after step {state.global_step} of {total}; the same command with --resume goes on"
-        )
+        done = f"stopped after step {state.global_step} of {total}"
+        sys.exit(f"{done}; the same command with --resume goes on")
 
-    log = [json.loads(line) for line in open(folder / "training_log.jsonl", encoding="utf-8")]
-    result = {
-        "steps": total,
-        "loss": [entry["loss"] for entry in log if "loss" in entry][-1],
-        "eval_loss": next(
-            (entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry), None
-        ),
-        "memory_mib": memory_mib(),
-    }
+    entries = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
+    result = {"steps": total, "memory_mib": memory_mib()}
+    for entry in entries:
+        result |= {key: entry[key] for key in ("loss", "eval_loss") if key in entry}
     if RANK == 0:
         packages = "torch transformers peft accelerate bitsandbytes datasets".split()
         config = {
@@ -871,15 +839,11 @@ def main(argv=None):
             "versions": {name: version(name) for name in packages},
             "result": result,
         }
-        write_whole(
-            folder / "training_config.json", json.dumps(config, indent=2, ensure_ascii=False)
-        )
+        config = json.dumps(config, indent=2, ensure_ascii=False)
+        write_whole(folder / "training_config.json", config + "\n")
         for path in folder.glob("checkpoint-*"):
             shutil.rmtree(path)
-    say(
-        f"next: python evaluate.py --adapter {folder}"
-        + f" --val-data {val_source}" * bool(val_source)
-    )
+    say(f"next: python evaluate.py --adapter {folder} --val-data {val_source or 'FILE.jsonl'}")
     return result
 
 
