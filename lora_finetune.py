@@ -625,7 +625,7 @@ def fit(args, precision, model, head, rows, val_rows, pad_id, run, steps):
             gradient_accumulation_steps=rows_per_step // batch_size,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=math.ceil(args.warmup_ratio * steps["total"]),
+            warmup_steps=min(math.ceil(args.warmup_ratio * steps["total"]), steps["total"] - 1),
             max_grad_norm=MAX_GRAD_NORM,
             fp16=precision == "fp16",
             bf16=precision == "bf16",

@@ -1,0 +1,135 @@
+"""The rows in data/ are whole, different, of the promised length, and their code is valid."""
+
+import ast
+import csv
+import json
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+FIELDS = ["instruction", "input", "output"]
+SAMPLE = [
+    json.loads(line)
+    for line in (ROOT / "data/sample_dataset.jsonl").read_text(encoding="utf-8").splitlines()
+]
+with open(ROOT / "data/raw_qa.csv", encoding="utf-8", newline="") as file:
+    RAW = list(csv.DictReader(file, strict=True))
+ROWS = [(f"sample {n}", row) for n, row in enumerate(SAMPLE, 1)]
+ROWS += [(f"raw {n}", row) for n, row in enumerate(RAW, 2)]
+# versions that current clusters no longer serve
+REMOVED = [
+    "extensions/v1beta1",
+    "apps/v1beta1",
+    "apps/v1beta2",
+    "autoscaling/v2beta1",
+    "autoscaling/v2beta2",
+    "batch/v1beta1",
+    "batch/v2alpha1",
+    "policy/v1beta1",
+    "admissionregistration.k8s.io/v1beta1",
+    "apiextensions.k8s.io/v1beta1",
+    "apiregistration.k8s.io/v1beta1",
+    "authentication.k8s.io/v1beta1",
+    "authorization.k8s.io/v1beta1",
+    "certificates.k8s.io/v1beta1",
+    "coordination.k8s.io/v1beta1",
+    "discovery.k8s.io/v1beta1",
+    "events.k8s.io/v1beta1",
+    "flowcontrol.apiserver.k8s.io/v1beta",
+    "networking.k8s.io/v1beta1",
+    "node.k8s.io/v1beta1",
+    "rbac.authorization.k8s.io/v1alpha1",
+    "rbac.authorization.k8s.io/v1beta1",
+    "scheduling.k8s.io/v1beta1",
+    "snapshot.storage.k8s.io/v1beta1",
+    "storage.k8s.io/v1beta1",
+]
+
+
+def blocks(language):
+    """(where, text) of every fenced block of this language in an answer or an input."""
+    return [
+        (name, field, block)
+        for name, row in ROWS
+        for field in ("output", "input")
+        for block in re.findall(rf"^```{language}\n(.*?)^```", row[field], re.S | re.M)
+    ]
+
+
+def folded(text):
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def test_the_sample_has_25_rows_and_the_raw_file_200():
+    assert (len(SAMPLE), len(RAW)) == (25, 200)
+
+
+def test_every_row_has_the_three_fields_and_no_outer_white_space():
+    for name, row in ROWS:
+        assert list(row) == FIELDS, name
+        assert all(isinstance(value, str) and value == value.strip() for value in row.values()), name
+        assert row["instruction"] and row["output"], name
+
+
+def test_no_row_stands_twice_across_both_files():
+    asked = Counter((folded(row["instruction"]), folded(row["input"])) for _, row in ROWS)
+    answered = Counter(folded(row["output"]) for _, row in ROWS)
+    assert [key for key, count in asked.items() if count > 1] == []
+    assert [key for key, count in answered.items() if count > 1] == []
+
+
+def test_no_row_asks_what_the_evaluation_asks():
+    tree = ast.parse((ROOT / "evaluate.py").read_text(encoding="utf-8"))
+    questions = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "QUESTIONS"
+    ][0]
+    assert len(questions) == 10
+    assert not {*map(folded, questions)} & {folded(row["instruction"]) for _, row in ROWS}
+
+
+def test_at_least_50_raw_rows_bring_an_input():
+    assert sum(bool(row["input"]) for row in RAW) >= 50
+
+
+def test_every_answer_has_25_to_150_words():
+    lengths = {name: len(row["output"].split()) for name, row in ROWS}
+    assert {name: n for name, n in lengths.items() if not 25 <= n <= 150} == {}
+
+
+def test_every_fence_is_closed():
+    odd = [name for name, row in ROWS if len(re.findall(r"^```", row["output"], re.M)) % 2]
+    assert odd == []
+
+
+def test_there_are_yaml_and_bash_blocks_to_check():
+    assert len(blocks("yaml")) >= 10
+    assert len(blocks("bash")) >= 3
+
+
+@pytest.mark.parametrize("name, field, block", blocks("yaml"))
+def test_a_yaml_block_parses(name, field, block):
+    documents = list(yaml.safe_load_all(block))
+    assert documents and all(isinstance(document, dict | list) for document in documents)
+
+
+@pytest.mark.parametrize("name, field, block", blocks("bash"))
+def test_a_bash_block_parses(name, field, block):
+    ended = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_no_answer_uses_a_removed_api_version():
+    used = {
+        (name, version)
+        for name, row in ROWS
+        for version in REMOVED
+        if re.search(rf"(?<![\w.]){re.escape(version)}", row["output"])
+    }
+    assert used == set()

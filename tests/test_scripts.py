@@ -1,0 +1,291 @@
+"""The three scripts keep one house style: options, constants, twins, manual, notebook cells."""
+
+import argparse
+import ast
+import inspect
+import itertools
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+import evaluate
+import lora_finetune
+import prepare_dataset
+
+ROOT = Path(prepare_dataset.__file__).parent
+SCRIPTS = {
+    "prepare_dataset.py": prepare_dataset,
+    "lora_finetune.py": lora_finetune,
+    "evaluate.py": evaluate,
+}
+each_script = pytest.mark.parametrize("name", SCRIPTS)
+OTHER_TOOLS = {  # flags that the manual mentions and that belong to other programs
+    "--nproc-per-node",  # torchrun
+    "--num-processes",  # accelerate launch
+    "--outfile",  # convert_hf_to_gguf.py
+}
+
+
+def flag(constant):
+    return "--" + constant.lower().replace("_", "-")
+
+
+def constants(name):
+    """{NAME: value} of the block between the rules under "Edit here"."""
+    block = re.search(r"\n# -+\n(# Edit here.*?)\n# -+\n", (ROOT / name).read_text(), re.S)[1]
+    lines = [node for node in ast.parse(block).body if isinstance(node, ast.Assign)]
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in lines}
+
+
+def help_of(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "400")  # nothing is wrapped
+    with pytest.raises(SystemExit) as end:
+        SCRIPTS[name].main(["--help"])
+    assert end.value.code in (0, None)
+    return capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------- options
+
+
+@each_script
+def test_help_shows_the_docstring(name, monkeypatch, capsys):
+    assert SCRIPTS[name].__doc__.strip() in help_of(name, monkeypatch, capsys)
+
+
+@each_script
+def test_help_shows_every_option_with_its_default(name, monkeypatch, capsys):
+    shown = help_of(name, monkeypatch, capsys).split("options:", 1)[-1]
+    entries = re.split(r"\n(?=  -)", shown)
+    for option, default in vars(SCRIPTS[name].parse_args([])).items():
+        (entry,) = [e for e in entries if re.match(rf"\s*{flag(option)}[ ,]", e)]
+        wanted = "the field names" if option == "columns" else default
+        assert f"(default: {wanted})" in " ".join(entry.split())
+
+
+@each_script
+def test_every_constant_is_the_default_of_its_flag_and_the_other_way_round(name):
+    assert constants(name) == {
+        option.upper(): default for option, default in vars(SCRIPTS[name].parse_args([])).items()
+    }
+    assert len(constants(name)) <= 25
+
+
+@each_script
+def test_an_edited_constant_is_the_new_default(name, monkeypatch):
+    monkeypatch.setattr(SCRIPTS[name], "OUTPUT", "elsewhere.json")
+    assert SCRIPTS[name].parse_args([]).output == "elsewhere.json"
+
+
+@each_script
+@pytest.mark.parametrize("launcher", ["colab_kernel_launcher.py", "ipykernel_launcher.py"])
+def test_what_the_kernel_was_started_with_is_ignored(name, launcher, monkeypatch):
+    parse_args = SCRIPTS[name].parse_args
+    argv = [f"/usr/lib/python3/{launcher}", "-f", "x.json", "--HistoryManager.hist_file=:memory:"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert parse_args() == parse_args([])
+    assert parse_args(["--output", "o.json"]).output == "o.json"
+
+
+@each_script
+def test_flags_of_a_shell_are_heeded(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--output", "o.json"])
+    assert SCRIPTS[name].parse_args().output == "o.json"
+    monkeypatch.setattr(sys, "argv", [name, "-f", "x.json"])
+    with pytest.raises(SystemExit) as end:
+        SCRIPTS[name].parse_args()
+    assert end.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+@each_script
+def test_abbreviated_flags_are_refused(name, capsys):
+    for option in vars(SCRIPTS[name].parse_args([])):
+        with pytest.raises(SystemExit) as end:
+            SCRIPTS[name].parse_args([flag(option)[:-1], "1"])
+        assert end.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+@each_script
+def test_importing_a_script_does_nothing(name):
+    statements = ast.parse((ROOT / name).read_text()).body
+    for node in statements[1:]:
+        harmless = (ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef, ast.ClassDef, ast.If)
+        assert isinstance(node, harmless)
+    assert ast.unparse(statements[-1].test) == "__name__ == '__main__'"
+    assert sum(isinstance(node, ast.If) for node in statements) == 1
+
+
+def test_prepare_dataset_answers_from_the_shell_without_loading_torch():
+    code = "import sys, runpy; sys.argv[1:] = ['--help']; sys.argv[0] = 'prepare_dataset.py'\n"
+    code += "try: runpy.run_path('prepare_dataset.py', run_name='__main__')\n"
+    code += "except SystemExit as end: print(end.code, {'torch', 'transformers'} & set(sys.modules))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert run.stdout.splitlines()[-1] == "0 set()" and not run.stderr
+
+
+# ------------------------------------------------------------------------------- house style
+
+
+def functions(module):
+    return {
+        name: inspect.getsource(function)
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__
+    }
+
+
+def test_what_stands_in_two_scripts_is_the_same_letter_for_letter():
+    twins = set()
+    for one, other in itertools.combinations(SCRIPTS.values(), 2):
+        one, other = functions(one), functions(other)
+        for name in set(one) & set(other) - {"parse_args", "main", "load_model"}:
+            assert one[name] == other[name], name
+            twins.add(name)
+    assert {"read_jsonl", "user_message", "chat_frame", "encode", "collate"} <= twins
+
+
+def test_both_scripts_set_the_same_template_where_a_tokenizer_has_none():
+    assert evaluate.ALPACA_TEMPLATE == lora_finetune.ALPACA_TEMPLATE
+
+
+def test_each_script_names_the_next_ones_input(monkeypatch):
+    assert lora_finetune.OUTPUT == evaluate.ADAPTER
+    for module in SCRIPTS.values():
+        commands = re.findall(r"python (\w+\.py) (.*)", module.__doc__)
+        assert [script for script, _ in commands] == list(SCRIPTS)
+        prepared, trained, compared = (
+            SCRIPTS[script].parse_args(shlex.split(flags)) for script, flags in commands
+        )
+        assert trained.dataset == prepared.output == prepare_dataset.OUTPUT
+        assert compared.adapter == trained.output
+        assert compared.val_data == f"{prepared.output}/val.jsonl"
+
+
+def test_requirements_name_exactly_the_eight_packages():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    lines = [line.split("#")[0].strip() for line in lines]
+    names = [re.match(r"[\w-]+", line)[0] for line in lines if line]
+    wanted = "torch transformers peft accelerate bitsandbytes datasets scipy pandas"
+    assert sorted(names) == sorted(wanted.split())
+
+
+@each_script
+def test_no_script_trusts_remote_code_or_unpickles(name):
+    text = (ROOT / name).read_text()
+    assert "trust_remote_code=True" not in text and "torch.load(" not in text
+    assert not re.search(r"^\s*(import|from) pickle", text, re.M)
+
+
+# ------------------------------------------------------------------------------- manual
+
+
+def known_flags():
+    """Every flag that a script takes, asked of argparse itself."""
+    flags = set()
+    add = argparse._ActionsContainer._add_action
+    with pytest.MonkeyPatch.context() as patch:
+
+        def watch(self, action):
+            flags.update(action.option_strings)
+            return add(self, action)
+
+        patch.setattr(argparse._ActionsContainer, "_add_action", watch)
+        for module in SCRIPTS.values():
+            module.parse_args([])
+    return flags
+
+
+def test_every_flag_in_the_manual_exists():
+    manual = (ROOT / "README.md").read_text(encoding="utf-8")
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", manual))
+    assert len(mentioned) > 20
+    assert mentioned - known_flags() - OTHER_TOOLS == set()
+
+
+def test_every_option_stands_in_the_manual():
+    manual = (ROOT / "README.md").read_text(encoding="utf-8")
+    promised = "--input --output --val-split --seed --columns --encoding --strict --dataset --model"
+    promised += " --epochs --max-steps --lora-r --lora-alpha --lora-dropout --target-modules"
+    promised += " --learning-rate --warmup-ratio --batch-size --gradient-accumulation-steps"
+    promised += " --max-seq-length --precision --gradient-checkpointing --load-in-4bit --resume"
+    promised += " --overwrite --auto-batch-size --compile --adapter --val-data --max-new-tokens"
+    assert [name for name in promised.split() if name not in manual] == []
+
+
+def test_every_command_in_the_manual_is_understood(capsys):
+    manual = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"python3? (\w+\.py)((?: [^\n`&]*)?)", manual)
+    understood = set()
+    for script, flags in commands:
+        if script in SCRIPTS and "..." not in flags:
+            SCRIPTS[script].parse_args(shlex.split(flags, comments=True))
+            understood.add(script)
+    assert understood == set(SCRIPTS)
+
+
+def test_every_file_in_the_manual_exists():
+    manual = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in set(re.findall(r"\b(?:data|tests)/\w+\.(?:jsonl|csv|py|txt)", manual)):
+        assert (ROOT / name).is_file(), name
+
+
+# ------------------------------------------------------------------------------- notebook
+
+
+def test_pasted_into_cells_the_three_stages_run_one_after_another(tiny, tmp_path):
+    lines = ["question;answer"] + [f"What is {n} of a kind?;Number {n}." for n in range(24)]
+    (tmp_path / "mine.csv").write_text("\n".join(lines))
+    edits = {
+        "prepare_dataset.py": {
+            "INPUT": "mine.csv",
+            "OUTPUT": "prepared",
+            "COLUMNS": ["instruction=question", "output=answer"],
+            "VAL_SPLIT": 0.25,
+        },
+        "lora_finetune.py": {
+            "DATASET": "prepared",
+            "MODEL": tiny,
+            "OUTPUT": "adapter",
+            "MAX_STEPS": 2,
+            "LEARNING_RATE": 1e-2,
+        },
+        "evaluate.py": {
+            "ADAPTER": "adapter",
+            "VAL_DATA": "prepared/val.jsonl",
+            "MAX_NEW_TOKENS": 4,
+            "OUTPUT": "results/eval.json",
+        },
+    }
+    cells = []
+    for name, changes in edits.items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for constant, value in changes.items():
+            text, count = re.subn(
+                rf"^{constant} = [^#\n]*", f"{constant} = {value!r}  ", text, flags=re.M
+            )
+            assert count == 1
+        cells.append(nbformat.v4.new_code_cell(text))
+    cells.append(nbformat.v4.new_code_cell('main(["--max-new-tokens", "2"])["prompts"]'))
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=120, resources=resources).execute()
+    printed = [
+        "".join(out.get("text", "") for out in cell.outputs if out.get("name") == "stdout")
+        for cell in notebook.cells
+    ]
+    assert "train              18 rows" in printed[0]
+    assert "saved" in printed[1] and "before" in printed[2]
+    assert notebook.cells[3].outputs[-1]["data"]["text/plain"] == "10"
+    results = json.loads((tmp_path / "results/eval.json").read_text(encoding="utf-8"))
+    assert results["perplexity"]["rows"] == 6
+    log = (tmp_path / "adapter/training_log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log if "grad_norm" in line] == [1, 2]
