@@ -10,6 +10,7 @@ Writes  --output: train.jsonl, val.jsonl, and rejected.jsonl if a row could not 
 
 import argparse
 import codecs
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -18,6 +19,7 @@ import json
 import os
 import sys
 import unicodedata
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -140,6 +142,7 @@ def read_rows(text, kind, columns, delimiter):
 
 def read_csv(text, columns, delimiter):
     """Yield the rows of a CSV like read_rows; the delimiter is the one that finds the columns in the header."""
+    csv.field_size_limit(2**31 - 1)  # else a long cell is an error
     first = text.readline()
     if not first.strip():
         raise ValueError("the first line is empty; it must name the columns")
@@ -157,7 +160,6 @@ def read_csv(text, columns, delimiter):
         if fields.count(field) > 1:
             raise ValueError(f"two columns stand for {field}; rename one in the file")
 
-    csv.field_size_limit(2**31 - 1)
     reader = csv.reader(itertools.chain([first], text), delimiter=mark, strict=True)
     for number in itertools.count(1):
         try:
@@ -237,35 +239,49 @@ def split_rows(keys, share, seed):
 
 
 def write_files(folder, files):
-    """Write {name: lines as bytes} into folder: all are written aside first and then moved into place."""
-    aside = {folder / name: folder / f".{name}.{os.getpid()}" for name in files}
+    """Write {name: lines as bytes} into folder, all or none.
+
+    The new files are written aside and moved into place at the end; the old ones stay linked aside
+    until then, and come back if a move fails.
+    """
+    new = {folder / name: folder / f".{name}.{os.getpid()}" for name in files}
+    old = {path: aside.with_suffix(".old") for path, aside in new.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, temporary in aside.items():
-            with open(temporary, "wb") as file:
+        for name in files:
+            for leftover in folder.glob(f".{name}.*"):  # of a run that was killed
+                leftover.unlink()
+        for path, aside in new.items():
+            with open(aside, "wb") as file:
                 file.writelines(files[path.name])
                 file.flush()
                 os.fsync(file.fileno())
-        for path, temporary in aside.items():
-            os.replace(temporary, path)
+            if path.exists():
+                os.link(path, old[path])
+        for path, aside in new.items():
+            os.replace(aside, path)
     except OSError as error:
+        for path, aside in old.items():
+            with contextlib.suppress(OSError):
+                os.rename(aside, path)
         sys.exit(f"error: can't write {folder}: {error.strerror}; what stood there is unchanged")
     finally:
-        for temporary in aside.values():
-            temporary.unlink(missing_ok=True)
+        for aside in (*new.values(), *old.values()):
+            with contextlib.suppress(OSError):
+                aside.unlink()
 
 
 def main(argv=None):
     args = parse_args(argv)
     source, folder = Path(args.input), Path(args.output)
     kind = source.name.lower().removesuffix(".gz").rpartition(".")[2]
-    if not source.is_file():
+    if not os.path.isfile(source):
         sys.exit(f"error: {source}: no such file; --input takes a .csv, .tsv, .json or .jsonl file")
     if kind not in ("csv", "tsv", "json", "jsonl"):
         sys.exit(
             f"error: {source}: unknown kind of file; rename it to end in .csv, .tsv, .json or .jsonl"
         )
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():
         sys.exit(f"error: {folder} is a file; --output takes a folder")
     if source.resolve() in [
         (folder / name).resolve() for name in ("train.jsonl", "val.jsonl", "rejected.jsonl")
@@ -304,7 +320,7 @@ def main(argv=None):
         sys.exit(
             f"error: {source}: not {args.encoding} text; name its --encoding, e.g. windows-1252 or utf-16"
         )
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, LookupError, RecursionError, zlib.error) as error:
         sys.exit(f"error: {source}: {error}")
 
     complaint = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+import prepare_dataset
+
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = ["instruction", "input", "output"]
 SAMPLE = [
     json.loads(line)
-    for line in (ROOT / "data/sample_dataset.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in (ROOT / "data/sample_dataset.jsonl").read_text(encoding="utf-8").strip().split("\n")
 ]
 with open(ROOT / "data/raw_qa.csv", encoding="utf-8", newline="") as file:
     RAW = list(csv.DictReader(file, strict=True))
@@ -57,7 +59,7 @@ def blocks(language):
         (name, field, block)
         for name, row in ROWS
         for field in ("output", "input")
-        for block in re.findall(rf"^```{language}\n(.*?)^```", row[field], re.S | re.M)
+        for block in re.findall(rf"^```{language}\n(.*?)^```", row[field], re.DOTALL | re.MULTILINE)
     ]
 
 
@@ -72,7 +74,9 @@ def test_the_sample_has_25_rows_and_the_raw_file_200():
 def test_every_row_has_the_three_fields_and_no_outer_white_space():
     for name, row in ROWS:
         assert list(row) == FIELDS, name
-        assert all(isinstance(value, str) and value == value.strip() for value in row.values()), name
+        assert all(isinstance(value, str) and value == value.strip() for value in row.values()), (
+            name
+        )
         assert row["instruction"] and row["output"], name
 
 
@@ -85,11 +89,11 @@ def test_no_row_stands_twice_across_both_files():
 
 def test_no_row_asks_what_the_evaluation_asks():
     tree = ast.parse((ROOT / "evaluate.py").read_text(encoding="utf-8"))
-    questions = [
+    questions = next(
         ast.literal_eval(node.value)
         for node in tree.body
         if isinstance(node, ast.Assign) and node.targets[0].id == "QUESTIONS"
-    ][0]
+    )
     assert len(questions) == 10
     assert not {*map(folded, questions)} & {folded(row["instruction"]) for _, row in ROWS}
 
@@ -104,7 +108,7 @@ def test_every_answer_has_25_to_150_words():
 
 
 def test_every_fence_is_closed():
-    odd = [name for name, row in ROWS if len(re.findall(r"^```", row["output"], re.M)) % 2]
+    odd = [name for name, row in ROWS if len(re.findall(r"^```", row["output"], re.MULTILINE)) % 2]
     assert odd == []
 
 
@@ -121,7 +125,7 @@ def test_a_yaml_block_parses(name, field, block):
 
 @pytest.mark.parametrize("name, field, block", blocks("bash"))
 def test_a_bash_block_parses(name, field, block):
-    ended = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+    ended = subprocess.run(["bash", "-n"], check=False, input=block, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
@@ -133,3 +137,10 @@ def test_no_answer_uses_a_removed_api_version():
         if re.search(rf"(?<![\w.]){re.escape(version)}", row["output"])
     }
     assert used == set()
+
+
+@pytest.mark.parametrize("name, rows", [("sample_dataset.jsonl", 25), ("raw_qa.csv", 200)])
+def test_every_row_is_usable_and_none_conflicts(tmp_path, name, rows):
+    counts = prepare_dataset.main(["--input", str(ROOT / "data" / name), "--output", str(tmp_path)])
+    assert (counts["read"], counts["train"] + counts["val"]) == (rows, rows)
+    assert (counts["rejected"], counts["duplicates"], counts["conflicts"]) == (0, 0, 0)

@@ -100,6 +100,11 @@ def error_line(arguments, capsys):
     return line
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS[:14])
+
+
 # labels ------------------------------------------------------------------------------------------
 
 
@@ -321,9 +326,11 @@ def one_step(monkeypatch, arguments):
     return losses, gradients, weights
 
 
-@pytest.mark.parametrize("precision", ["--no-load-in-4bit", "--load-in-4bit"])
 @pytest.mark.parametrize("batch, accumulation", [(4, 4), (8, 2), (16, 1), (1, 16)])
-@pytest.mark.parametrize("count", [16, 13])
+@pytest.mark.parametrize(
+    "precision, count",
+    [("--no-load-in-4bit", 16), ("--load-in-4bit", 16), ("--no-load-in-4bit", 7)],
+)
 def test_one_step_equals_a_reference_by_hand(
     tiny, tmp_path, monkeypatch, reference_steps, batch, accumulation, precision, count
 ):
@@ -370,20 +377,22 @@ def test_gradients_are_clipped_to_norm_one(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(lf.TrainingLog, "on_pre_optimizer_step", catch, raising=False)
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    more = ["--max-steps", 1, "--lora-alpha", 20000]
+    more = ["--max-steps", 2, "--lora-alpha", 20000]
     lf.main(flags(tiny, data, tmp_path / "out", *more))
-    assert read_log(tmp_path / "out")[0]["grad_norm"] > 2
-    assert norms == [pytest.approx(1, abs=1e-4)]
+    logged = [entry["grad_norm"] for entry in read_log(tmp_path / "out")]
+    assert len(norms) == 2 and min(logged) > 2
+    assert norms == pytest.approx([1, 1], abs=1e-4)
+
+
+def test_a_single_step_with_the_default_warmup_learns(tiny, data, tmp_path):
+    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 1))
+    weights = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert all(weight.any() for weight in weights.values())
 
 
 # stopping and going on ---------------------------------------------------------------------------
 
 RUN = ["--max-steps", 12, "--batch-size", 2, "--gradient-accumulation-steps", 2]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS[:14])
 
 
 @pytest.fixture(scope="module")
@@ -427,8 +436,7 @@ def assert_same_run(folder, other):
     assert not list(Path(folder).glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", [1, 5])
+@pytest.mark.parametrize("step, signum", [(1, signal.SIGINT), (5, signal.SIGTERM)])
 def test_a_stopped_run_resumed_equals_one_undisturbed(
     tiny, data, undisturbed, tmp_path, monkeypatch, signum, step
 ):
@@ -441,9 +449,7 @@ def test_a_stopped_run_resumed_equals_one_undisturbed(
     assert_same_run(tmp_path / "out", undisturbed)
 
 
-def test_a_run_stopped_twice_equals_one_undisturbed(
-    tiny, data, undisturbed, tmp_path, monkeypatch
-):
+def test_a_run_stopped_twice_equals_one_undisturbed(tiny, data, undisturbed, tmp_path, monkeypatch):
     arguments = flags(tiny, data, tmp_path / "out", *RUN, "--val-data", data)
     stopped(monkeypatch, arguments, 3)
     stopped(monkeypatch, [*arguments, "--resume"], 8)
@@ -492,27 +498,27 @@ def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(
         assert_same_run(tmp_path / "out", undisturbed)
 
 
-def test_two_kills_at_random_moments_lose_nothing(tiny, tmp_path):
+def test_a_kill_at_a_random_moment_loses_nothing(tiny, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     long = ["--max-steps", 120, "--batch-size", 2, "--gradient-accumulation-steps", 2]
     arguments = flags(tiny, data, tmp_path / "out", *long)
-    seed = random.randrange(10**6)
-    print("seed of the kills:", seed)
-    moments = sorted(random.Random(seed).sample(range(2, 110), 2))
+    moment = random.randrange(2, 110)
+    print("killed when this step was logged:", moment)
     log = tmp_path / "out/training_log.jsonl"
-    for moment in moments:
-        command = [sys.executable, str(ROOT / "lora_finetune.py"), *arguments]
-        if any((tmp_path / "out").glob("checkpoint-*")):
-            command.append("--resume")
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None:
-            if log.exists() and f'"step": {moment},' in log.read_text():
-                break
-            time.sleep(0.005)
-        assert process.poll() is None, "it ended before it was killed"
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        assert not (tmp_path / "out/adapter_model.safetensors").exists()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "lora_finetune.py"), *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not (
+        log.exists() and f'"step": {moment},' in log.read_text(encoding="utf-8")
+    ):
+        time.sleep(0.002)
+    assert process.poll() is None, "it ended before it was killed"
+    time.sleep(random.random() / 50)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out/adapter_model.safetensors").exists()
     lf.main([*arguments, "--resume"])
     lf.main(flags(tiny, data, tmp_path / "undisturbed", *long))
     assert_same_run(tmp_path / "out", tmp_path / "undisturbed")
@@ -597,9 +603,7 @@ def test_a_finished_run_without_overwrite_is_refused_and_nothing_touched(
 
 
 @pytest.mark.parametrize("state", ["finished", "unfinished"])
-def test_overwrite_replaces_an_earlier_run(
-    tiny, data, undisturbed, unfinished, tmp_path, state
-):
+def test_overwrite_replaces_an_earlier_run(tiny, data, undisturbed, unfinished, tmp_path, state):
     folder = tmp_path / "out"
     shutil.copytree({"finished": undisturbed, "unfinished": unfinished}[state], folder)
     new = ["--max-steps", 2, "--lora-r", 4]
@@ -626,7 +630,9 @@ def test_the_adapter_is_not_pickled_and_holds_lora_weights_alone(undisturbed):
     assert not [path for path in undisturbed.rglob("*") if path.suffix in pickled]
     weights = load_file(undisturbed / "adapter_model.safetensors")
     assert len(weights) == 2 * 2 * 2  # layers x modules x (A, B)
-    assert all("lora_" in name and weight.dtype == torch.float32 for name, weight in weights.items())
+    assert all(
+        "lora_" in name and weight.dtype == torch.float32 for name, weight in weights.items()
+    )
 
 
 # out of memory -----------------------------------------------------------------------------------
@@ -693,7 +699,7 @@ def test_auto_batch_size_starts_at_the_full_step_and_keeps_its_rows(tiny, tmp_pa
     monkeypatch.undo()
     sizes = out_of_memory(monkeypatch, 4)
     lf.main(flags(tiny, data, tmp_path / "out", *more, "--auto-batch-size"))
-    assert sizes == [12, 6] + [4] * 6
+    assert sizes == [12, 6] + [3] * 8
 
 
 # NaN ---------------------------------------------------------------------------------------------
@@ -739,6 +745,14 @@ def test_weights_that_are_not_finite_are_no_checkpoint_between_log_lines(
     assert whole is not None and int(whole.name.rpartition("-")[2]) < 4
     lf.main([*arguments, "--resume"])
     assert adapter(tmp_path / "out") == adapter(undisturbed)
+    steps = [entry["step"] for entry in read_log(tmp_path / "out") if "loss" in entry]
+    assert steps == list(range(int(whole.name.rpartition("-")[2]) + 1, 13))
+
+
+def test_more_steps_between_log_lines_than_steps_is_no_mistake(tiny, data, tmp_path):
+    result = lf.main(flags(tiny, data, tmp_path / "out", *RUN, "--logging-steps", 100))
+    assert result["steps"] == 12
+    assert (tmp_path / "out/training_config.json").is_file()
 
 
 # validation and the whole way --------------------------------------------------------------------
@@ -768,25 +782,29 @@ def test_the_validation_loss_equals_a_token_weighted_computation(tiny, tmp_path,
 def test_a_folder_brings_its_own_validation_rows(tiny, tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     write_jsonl(tmp_path / "val.jsonl", ROWS[:2])
-    lf.main(flags(tiny, tmp_path, tmp_path / "out", "--max-steps", 1))
+    lf.main(flags(tiny, tmp_path, tmp_path / "out", "--max-steps", 2))
     assert [entry for entry in read_log(tmp_path / "out") if "eval_loss" in entry]
 
 
 def test_an_empty_val_jsonl_in_the_folder_is_no_mistake(tiny, tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     write_jsonl(tmp_path / "val.jsonl", [])
-    result = lf.main(flags(tiny, tmp_path, tmp_path / "out", "--max-steps", 1))
+    result = lf.main(flags(tiny, tmp_path, tmp_path / "out", "--max-steps", 2))
     assert result["eval_loss"] is None
 
 
 @pytest.mark.parametrize(
     "architecture, template, four_bit",
-    [("llama", "zephyr", True), ("llama", "llama3", False), ("phi", "none", False)],
+    [("llama", "zephyr", True), ("phi", "none", False)],
 )
 def test_eight_rows_learned_by_heart_come_back_word_for_word_and_stop(
     tiny_models, tmp_path, architecture, template, four_bit
 ):
-    folder = tiny_models(architecture, template)
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_models(architecture, template), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] *= 20  # a random head is too flat to be sure of any token
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     answers = "red apple,blue sky </s> x,green,four by four,kubectl get,a Pod,nothing,last one"
     rows = [
         {"instruction": f"q{i}", "input": "", "output": answer}
@@ -796,7 +814,7 @@ def test_eight_rows_learned_by_heart_come_back_word_for_word_and_stop(
     names = "q_proj k_proj v_proj " + ("dense fc1 fc2" if architecture == "phi" else "")
     names += "" if architecture == "phi" else "o_proj gate_proj up_proj down_proj"
     more = ["--target-modules", *names.split(), "--lora-r", 64, "--lora-dropout", 0]
-    more += ["--learning-rate", 0.02, "--max-steps", 150, "--batch-size", 8]
+    more += ["--learning-rate", 0.01, "--max-steps", 80, "--batch-size", 8]
     more += ["--gradient-accumulation-steps", 1, "--no-gradient-checkpointing"]
     more += ["--load-in-4bit"] * four_bit
     result = lf.main(flags(folder, data, tmp_path / "out", *more))
@@ -821,8 +839,9 @@ def test_eight_rows_learned_by_heart_come_back_word_for_word_and_stop(
         assert tokenizer.decode(written[:-1]) == row["output"]
 
 
-@pytest.mark.parametrize("template", ["none", "chatml"])
-@pytest.mark.parametrize("four_bit", ["--load-in-4bit", "--no-load-in-4bit"])
+@pytest.mark.parametrize(
+    "template, four_bit", [("none", "--load-in-4bit"), ("chatml", "--no-load-in-4bit")]
+)
 def test_phi_trains_with_a_template_and_without(tiny_models, data, tmp_path, template, four_bit):
     folder = tiny_models("phi", template)
     more = ["--max-steps", 8, "--learning-rate", 0.01, four_bit, "--val-data", data]
@@ -851,7 +870,7 @@ def test_gradients_stay_alive_after_a_validation_in_four_bits(tiny, data, tmp_pa
 
 def test_the_base_model_folder_stays_as_it_was(tiny, data, tmp_path):
     before = snapshot(tiny)
-    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 1))
+    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 2))
     assert snapshot(tiny) == before
 
 
@@ -1026,16 +1045,7 @@ def test_a_mistake_is_refused_in_one_line(tiny, data, tmp_path, capsys, monkeypa
 def test_rows_without_room_for_an_answer_are_dropped_and_counted(tiny, tmp_path, capsys):
     long = {"instruction": "word " * 200, "input": "", "output": "never seen"}
     data = write_jsonl(tmp_path / "rows.jsonl", [*ROWS[:3], long])
-    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 1, "--max-seq-length", 150))
+    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 2, "--max-seq-length", 150))
     assert "3 rows <- " in capsys.readouterr().out
     config = json.loads((tmp_path / "out/training_config.json").read_text(encoding="utf-8"))
     assert config["data"]["rows"] == 3
-
-
-def test_an_error_at_the_command_line_is_one_line_and_exit_1(tmp_path):
-    command = [sys.executable, str(ROOT / "lora_finetune.py"), "--dataset", "nowhere.jsonl"]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert ended.returncode == 1
-    assert ended.stderr.startswith("error: nowhere.jsonl: no such file")
-    assert ended.stderr.count("\n") == 1 and not ended.stdout
-    assert not os.listdir(tmp_path)

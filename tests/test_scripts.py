@@ -66,8 +66,7 @@ def test_help_shows_every_option_with_its_default(name, monkeypatch, capsys):
     entries = re.split(r"\n(?=  -)", shown)
     for option, default in vars(SCRIPTS[name].parse_args([])).items():
         (entry,) = [e for e in entries if re.match(rf"\s*{flag(option)}[ ,]", e)]
-        wanted = "the field names" if option == "columns" else default
-        assert f"(default: {wanted})" in " ".join(entry.split())
+        assert f"(default: {default})" in " ".join(entry.split())
 
 
 @each_script
@@ -282,7 +281,7 @@ def test_pasted_into_cells_the_three_stages_run_one_after_another(tiny, tmp_path
         "".join(out.get("text", "") for out in cell.outputs if out.get("name") == "stdout")
         for cell in notebook.cells
     ]
-    assert "train              18 rows" in printed[0]
+    assert "train             18 rows" in printed[0]
     assert "saved" in printed[1] and "before" in printed[2]
     assert notebook.cells[3].outputs[-1]["data"]["text/plain"] == "10"
     results = json.loads((tmp_path / "results/eval.json").read_text(encoding="utf-8"))

@@ -1,0 +1,228 @@
+"""prepare -> finetune -> evaluate through files only: NF4 on the CPU, one process and two."""
+
+import csv
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import lora_finetune
+import prepare_dataset
+
+ROOT = Path(lora_finetune.__file__).parent
+THINGS = "Pod Service Node Ingress Secret Volume Job Probe Label Taint Quota Helm".split()
+PROMISED = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_config.json",
+    "training_log.jsonl",
+}
+
+
+def jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def write_csv(path, rows=30):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["instruction", "input", "output"])
+        for n in range(rows):
+            thing = THINGS[n % len(THINGS)]
+            question = [f"What is {thing} {n}?", "Be brief." * (n % 4 == 0)]
+            table.writerow([*question, f"{thing}, number {n} of a cluster.\n" + "Yes. " * (n % 9)])
+    return str(path)
+
+
+def write_jsonl(path, rows):
+    records = [
+        {"instruction": f"What is {n}?", "input": "", "output": f"Number {n}." + " Yes." * (n % 7)}
+        for n in range(rows)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+# ------------------------------------------------------------------------------- one process
+
+
+@pytest.fixture(
+    scope="module",
+    params=["llama-zephyr", "llama-chatml", "llama-llama3", "llama-none", "phi-zephyr", "phi-none"],
+)
+def pipeline(request, tiny_models, tmp_path_factory):
+    """The folder in which the three scripts ran, one after another, with what each returned."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    model = tiny_models(*request.param.split("-"))
+    source = write_csv(folder / "raw.csv")
+    split = "--val-split 0.2 --seed 3".split()
+    prepared = prepare_dataset.main(
+        ["--input", source, "--output", str(folder / "prepared"), *split]
+    )
+    flags = "--epochs 2 --batch-size 4 --gradient-accumulation-steps 2 --learning-rate 0.01".split()
+    paths = ["--dataset", str(folder / "prepared"), "--output", str(folder / "adapter")]
+    trained = lora_finetune.main([*flags, *paths, "--model", model])
+    flags = ["--adapter", str(folder / "adapter"), "--max-new-tokens", "6"]
+    paths = ["--val-data", str(folder / "prepared/val.jsonl"), "--output", str(folder / "e.json")]
+    compared = evaluate.main([*flags, *paths])
+    return folder, prepared, trained, compared, request.param
+
+
+def test_each_stage_takes_what_the_one_before_wrote(pipeline):
+    folder, prepared, trained, compared, _ = pipeline
+    assert (prepared["train"], prepared["val"]) == (24, 6)
+    assert trained["steps"] == 6  # 2 epochs of 24 rows, 8 a step
+    assert compared["perplexity"]["rows"] == 6
+    assert PROMISED <= set(os.listdir(folder / "adapter"))
+    assert not [name for name in os.listdir(folder / "adapter") if name.startswith("checkpoint")]
+    assert (folder / "e.json").exists() and (folder / "e.html").exists()
+
+
+def test_last_validation_loss_is_the_log_of_the_perplexity_evaluate_finds(pipeline):
+    folder, _, trained, compared, _ = pipeline
+    losses = [e["eval_loss"] for e in jsonl(folder / "adapter/training_log.jsonl") if "eval_loss" in e]
+    assert len(losses) == 2  # one an epoch
+    written = json.loads((folder / "e.json").read_text(encoding="utf-8"))["perplexity"]
+    assert losses[-1] == pytest.approx(math.log(written["finetuned"]), abs=1e-3)
+    assert losses[-1] == pytest.approx(trained["eval_loss"], abs=1e-9)
+    assert written == compared["perplexity"]
+
+
+def test_training_helps_on_rows_it_never_saw(pipeline):
+    folder, _, _, compared, _ = pipeline
+    log = [entry for entry in jsonl(folder / "adapter/training_log.jsonl") if "loss" in entry]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert compared["perplexity"]["ratio"] < 1
+    train = {(row["instruction"], row["input"]) for row in jsonl(folder / "prepared/train.jsonl")}
+    val = {(row["instruction"], row["input"]) for row in jsonl(folder / "prepared/val.jsonl")}
+    assert len(val) == 6 and not train & val
+
+
+def test_adapter_folder_brings_the_chat_template_to_evaluate(pipeline):
+    folder, _, _, _, model = pipeline
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
+    chat = [{"role": "user", "content": "Why?"}]
+    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    begin = {
+        "zephyr": "<|user|>\nWhy?",
+        "chatml": "<|im_start|>user\nWhy?",
+        "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\nWhy?",
+        "none": "### Instruction:\nWhy?",
+    }
+    assert prompt.startswith(begin[model.split("-")[1]])
+
+
+def test_the_base_is_computed_in_nf4_in_both(pipeline):
+    folder = pipeline[0]
+    trained = json.loads((folder / "adapter/training_config.json").read_text())
+    compared = json.loads((folder / "e.json").read_text(encoding="utf-8"))
+    assert trained["arguments"]["load_in_4bit"] is compared["settings"]["load_in_4bit"] is True
+    assert trained["arguments"]["precision"] == compared["settings"]["precision"] == "fp32"
+
+
+def test_adapter_holds_lora_weights_of_the_named_layers_only(pipeline):
+    from safetensors.torch import load_file
+
+    weights = load_file(pipeline[0] / "adapter/adapter_model.safetensors")
+    assert len(weights) == 2 * 2 * 2  # layers x modules x (A, B)
+    assert all(re.search(r"\.(q_proj|v_proj)\.lora_[AB]\.", name) for name in weights)
+    assert all(weight.isfinite().all() and weight.any() for weight in weights.values())
+
+
+# ------------------------------------------------------------------------------- two processes
+
+
+def two_processes(script, *flags):
+    """Run a script in two processes that average their gradients over gloo."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    launch = "-m torch.distributed.run --nproc-per-node 2 --master-port 0".split()
+    return subprocess.run(
+        [sys.executable, *launch, str(script), *map(str, flags)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
+
+
+def run_flags(tiny, data, val, output):
+    flags = "--lora-dropout 0 --epochs 2 --learning-rate 0.01 --gradient-accumulation-steps 2"
+    paths = ["--model", tiny, "--dataset", data, "--val-data", val, "--output", str(output)]
+    return [*flags.split(), *paths]
+
+
+def test_two_processes_give_the_loss_curve_of_one(tiny, tmp_path):
+    data, val = write_jsonl(tmp_path / "d.jsonl", 19), write_jsonl(tmp_path / "v.jsonl", 5)
+    one = run_flags(tiny, data, val, tmp_path / "one")
+    lora_finetune.main([*one, "--batch-size", "4"])
+    two = run_flags(tiny, data, val, tmp_path / "two")
+    done = two_processes(ROOT / "lora_finetune.py", *two, "--batch-size", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    alone, together = (jsonl(tmp_path / name / "training_log.jsonl") for name in ("one", "two"))
+    assert [entry["step"] for entry in together] == [1, 2, 3, 3, 4, 5, 6, 6]  # each once: one log
+    assert [entry["step"] for entry in alone] == [1, 2, 3, 3, 4, 5, 6, 6]
+    for a, b in zip(alone, together, strict=True):
+        assert set(a) == set(b)
+        for key in ("loss", "eval_loss", "learning_rate", "epoch"):
+            assert b.get(key) == pytest.approx(a.get(key), abs=1e-4, rel=0)
+        if "grad_norm" in a:
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+    assert PROMISED <= set(os.listdir(tmp_path / "two"))  # one adapter
+    assert set(os.listdir(tmp_path / "two")) == set(os.listdir(tmp_path / "one"))
+    from safetensors.torch import load_file
+
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(weight.allclose(two[name], atol=1e-3) for name, weight in one.items())
+    # the first process alone speaks
+    assert done.stdout.count("saved ") == done.stdout.count("next: python evaluate.py") == 1
+    assert len(re.findall(r"^ +\d+ +\d\.\d\d +\d+\.\d{4} ", done.stdout, re.M)) == 6
+
+
+FAULT = """
+import os
+import lora_finetune
+
+compute_loss = lora_finetune.ResponseTrainer.compute_loss
+
+def fails(self, *args, **kwargs):
+    if os.environ["RANK"] == "1" and self.state.global_step == 1:
+        raise SystemExit("error: the second process has had enough")
+    return compute_loss(self, *args, **kwargs)
+
+lora_finetune.ResponseTrainer.compute_loss = fails
+lora_finetune.main()
+"""
+
+
+def test_an_error_in_the_second_process_ends_both(tiny, tmp_path):
+    data, val = write_jsonl(tmp_path / "d.jsonl", 19), write_jsonl(tmp_path / "v.jsonl", 5)
+    (tmp_path / "faulty.py").write_text(FAULT)
+    flags = run_flags(tiny, data, val, tmp_path / "out")
+    done = two_processes(tmp_path / "faulty.py", *flags, "--batch-size", "2")
+    assert done.returncode != 0
+    assert done.stderr.count("the second process has had enough") == 1
+    assert "saved " not in done.stdout
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_mistake_is_told_once_by_two_processes(tiny, tmp_path):
+    flags = run_flags(tiny, tmp_path / "nowhere.jsonl", tmp_path / "v.jsonl", tmp_path / "out")
+    done = two_processes(ROOT / "lora_finetune.py", *flags, "--batch-size", "2")
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(told) == 1 and "nowhere.jsonl" in told[0]
+    assert not (tmp_path / "out").exists()
