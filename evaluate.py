@@ -9,6 +9,7 @@ Writes  --output: eval_results.json, and beside it eval_results.html, a page to 
 """
 
 import argparse
+import contextlib
 import hashlib
 import html
 import itertools
@@ -322,6 +323,15 @@ def read_adapter(folder):
     return config, read_json(trained, dict, what) if trained.exists() else {}
 
 
+def read_log(path):
+    """The whole entries of a training log, none where there is no log."""
+    entries = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
+
+
 def load_model(name, folder, load_in_4bit, precision, expected):
     """Load the base and put the adapter on it, checking that the two belong together."""
     device = 0 if torch.cuda.is_available() else "cpu"
@@ -502,7 +512,7 @@ PAGE = """<!doctype html>
   --tint: #f6f8fa; --before: #57606a; --after: #0a5cc2; --alarm: #a40e26 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9da7b3; --line: #30363d;
   --paper: #0d1117; --tint: #161b22; --before: #9da7b3; --after: #6cb0ff; --alarm: #ff9a9a } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+body { overflow-wrap: anywhere; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 70rem; margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } .verdict { font-size: 1.2rem }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .soft { color: var(--soft) }
@@ -601,6 +611,8 @@ def main(argv=None):
     questions = read_prompts(args.prompts) if args.prompts else QUESTIONS
     records = read_jsonl(args.val_data) if args.val_data else []
     name = args.model or adapter.get("base_model_name_or_path")
+    if not name:
+        stop(f"{folder} does not say what it was trained on; pass that as --model")
     precision = args.precision or trained.get("precision", "fp16")
     precision = precision if torch.cuda.is_available() else "fp32"
     load_in_4bit = (
@@ -639,6 +651,8 @@ def main(argv=None):
         if records:
             rows = [encode(record, tokenizer, frame, longest) for record in records]
             rows = [row for row in rows if row["labels"][-1] != -100]
+            if not rows:
+                stop(f"{args.val_data}: no row has any of its answer within {longest} tokens")
             tokens = np.array([sum(label != -100 for label in row["labels"]) for row in rows])
             head, pad = take_head(base), tokenizer.pad_token_id
             with model.disable_adapter():
@@ -696,12 +710,7 @@ def main(argv=None):
         f"{summary['base_mean_tokens']:.0f} -> {summary['finetuned_mean_tokens']:.0f} tokens"
     )
     print(f"speed       {speed:,.0f} tokens/s")
-    log = folder / "training_log.jsonl"
-    log = (
-        [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        if log.exists()
-        else []
-    )
+    log = read_log(folder / "training_log.jsonl")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(

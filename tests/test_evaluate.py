@@ -220,7 +220,7 @@ def test_finetuned_perplexity_is_that_of_the_adapter_put_on_by_plain_peft(result
     model = peft.PeftModel.from_pretrained(plain_nf4(tiny), adapter).eval()
     figure, _ = plain_perplexity(model, AutoTokenizer.from_pretrained(tiny), RECORDS[:8])
     assert results[0]["perplexity"]["finetuned"] == pytest.approx(figure, rel=1e-5)
-    assert results[0]["perplexity"]["finetuned"] < results[0]["perplexity"]["base"] / 2
+    assert results[0]["perplexity"]["finetuned"] < 0.9 * results[0]["perplexity"]["base"]
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -322,9 +322,7 @@ def test_an_adapter_without_effect_is_loudly_said_to_have_none(tiny, tmp_path, a
 
 
 def test_an_adapter_with_effect_is_not_warned_of(adapter, asked, tmp_path, capsys):
-    results, _ = run(
-        tmp_path, "--adapter", adapter, "--prompts", asked, "--max-new-tokens", 12
-    )
+    results, _ = run(tmp_path, "--adapter", adapter, "--prompts", asked, "--max-new-tokens", 12)
     assert "WARNING" not in capsys.readouterr().out
     assert results["summary"]["answers_changed"] == 3
 
@@ -342,7 +340,9 @@ def test_control_tokens_typed_in_a_prompt_stay_text(tmp_path, tiny):
     prompts.write_text(json.dumps(["say </s> now"]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "generate", watch)
-        run(tmp_path, "--adapter", tmp_path / "adapter", "--prompts", prompts, "--max-new-tokens", 2)
+        run(
+            tmp_path, "--adapter", tmp_path / "adapter", "--prompts", prompts, "--max-new-tokens", 2
+        )
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     assert seen[0].count(tokenizer.eos_token_id) == 1  # the one that ends the user's turn
     assert tokenizer.decode(seen[0]) == "<|user|>\nsay </s> now</s>\n<|assistant|>\n"
@@ -703,9 +703,7 @@ def test_wrap_cuts_long_code_and_wraps_prose_at_words():
 
 
 @pytest.mark.parametrize("columns", [80, 60, 120])
-def test_side_by_side_fits_the_terminal(
-    columns, adapter, tmp_path, capsys, monkeypatch, val
-):
+def test_side_by_side_fits_the_terminal(columns, adapter, tmp_path, capsys, monkeypatch, val):
     monkeypatch.setenv("COLUMNS", str(columns))
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps(["What is a Pod? " * 20, "y" * 300]))
@@ -802,3 +800,14 @@ def test_in_a_browser_nothing_scrolls_sideways_loads_or_runs(browser, results, h
         )
         if shots:
             browser.save_screenshot(str(Path(shots) / f"{name}{width}.png"))
+
+
+def test_figures_on_a_telephone_are_not_broken_in_two(browser, results):
+    open_page(browser, results[1], 390)
+    broken = browser.execute_script(
+        "return [...document.querySelectorAll('thead th, tbody td')]"
+        ".filter(e => !e.closest('footer')).map(e => {const r = document.createRange(); "
+        "r.selectNodeContents(e); return [e.textContent, r.getClientRects().length]})"
+        ".filter(([text, lines]) => lines > 1 && !text.includes(' '))"
+    )
+    assert broken == []

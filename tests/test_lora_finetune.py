@@ -472,16 +472,20 @@ def test_resume_without_a_checkpoint_begins_at_the_start(tiny, data, undisturbed
     assert_same_run(tmp_path / "out", undisturbed)
 
 
+@pytest.fixture(scope="module")
+def stopped_at_six(tiny, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("six") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        stopped(patch, flags(tiny, data, folder, *RUN, "--val-data", data), 6)
+    return folder
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors", "seal.json"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
 def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(
-    tiny, data, undisturbed, tmp_path, monkeypatch, capsys, name, damage
+    tiny, data, undisturbed, stopped_at_six, tmp_path, name, damage
 ):
-    made = undisturbed.parent / "stopped"
-    arguments = flags(tiny, data, made, *RUN, "--val-data", data)
-    if not made.exists():
-        stopped(monkeypatch, arguments, 6)
-    shutil.copytree(made, tmp_path / "out")
+    shutil.copytree(stopped_at_six, tmp_path / "out")
     checkpoints = sorted((tmp_path / "out").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
     assert len(checkpoints) == 2
     assert lf.find_checkpoint(tmp_path / "out", {}) == checkpoints[-1]
@@ -500,9 +504,9 @@ def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(
 
 def test_a_kill_at_a_random_moment_loses_nothing(tiny, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    long = ["--max-steps", 120, "--batch-size", 2, "--gradient-accumulation-steps", 2]
+    long = ["--max-steps", 60, "--batch-size", 2, "--gradient-accumulation-steps", 2]
     arguments = flags(tiny, data, tmp_path / "out", *long)
-    moment = random.randrange(2, 110)
+    moment = random.randrange(2, 55)
     print("killed when this step was logged:", moment)
     log = tmp_path / "out/training_log.jsonl"
     process = subprocess.Popen(
@@ -613,6 +617,18 @@ def test_overwrite_replaces_an_earlier_run(tiny, data, undisturbed, unfinished, 
     assert len(read_log(folder)) == 2
 
 
+def test_overwriting_a_finished_run_can_itself_be_stopped_and_resumed(
+    tiny, data, undisturbed, tmp_path, monkeypatch
+):
+    shutil.copytree(undisturbed, tmp_path / "out")
+    arguments = flags(tiny, data, tmp_path / "out", *RUN, "--lora-r", 4)
+    stopped(monkeypatch, [*arguments, "--overwrite"], 5)
+    assert [entry["step"] for entry in read_log(tmp_path / "out")] == [1, 2, 3, 4, 5]
+    lf.main([*arguments, "--resume"])
+    lf.main(flags(tiny, data, tmp_path / "fresh", *RUN, "--lora-r", 4))
+    assert_same_run(tmp_path / "out", tmp_path / "fresh")
+
+
 def test_the_finished_folder_says_what_was_done(tiny, data, undisturbed):
     config = json.loads((undisturbed / "training_config.json").read_text(encoding="utf-8"))
     assert config["arguments"]["lora_r"] == 16 and config["arguments"]["precision"] == "fp32"
@@ -671,8 +687,9 @@ def test_out_of_memory_in_the_middle_keeps_the_rows_of_a_step(tiny, tmp_path, mo
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     more = ["--max-steps", 5, "--lora-dropout", 0]
     lf.main(flags(tiny, data, tmp_path / "calm", *more))
-    out_of_memory(monkeypatch, 1, first_step=3)
+    sizes = out_of_memory(monkeypatch, 2, first_step=3)
     lf.main(flags(tiny, data, tmp_path / "out", *more))
+    assert sizes == [4] * 13 + [2] * 16
     steps = [entry["step"] for entry in read_log(tmp_path / "out")]
     assert steps == [1, 2, 3, 4, 5]
     for one, other in zip(read_log(tmp_path / "out"), read_log(tmp_path / "calm")):
@@ -745,8 +762,13 @@ def test_weights_that_are_not_finite_are_no_checkpoint_between_log_lines(
     assert whole is not None and int(whole.name.rpartition("-")[2]) < 4
     lf.main([*arguments, "--resume"])
     assert adapter(tmp_path / "out") == adapter(undisturbed)
-    steps = [entry["step"] for entry in read_log(tmp_path / "out") if "loss" in entry]
-    assert steps == list(range(int(whole.name.rpartition("-")[2]) + 1, 13))
+
+
+def test_resume_follows_the_logging_steps_it_is_given(tiny, data, tmp_path, monkeypatch):
+    arguments = flags(tiny, data, tmp_path / "out", *RUN)
+    stopped(monkeypatch, [*arguments, "--logging-steps", "3"], 7)
+    lf.main([*arguments, "--logging-steps", "2", "--resume"])
+    assert [entry["step"] for entry in read_log(tmp_path / "out")] == [3, 6, 8, 10, 12]
 
 
 def test_more_steps_between_log_lines_than_steps_is_no_mistake(tiny, data, tmp_path):
@@ -789,8 +811,9 @@ def test_a_folder_brings_its_own_validation_rows(tiny, tmp_path):
 def test_an_empty_val_jsonl_in_the_folder_is_no_mistake(tiny, tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     write_jsonl(tmp_path / "val.jsonl", [])
-    result = lf.main(flags(tiny, tmp_path, tmp_path / "out", "--max-steps", 2))
-    assert result["eval_loss"] is None
+    lf.main(flags(tiny, tmp_path, tmp_path / "out", "--max-steps", 2))
+    assert [entry["step"] for entry in read_log(tmp_path / "out")] == [1, 2]
+    assert not [entry for entry in read_log(tmp_path / "out") if "eval_loss" in entry]
 
 
 @pytest.mark.parametrize(

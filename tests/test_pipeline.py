@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -88,7 +89,9 @@ def test_each_stage_takes_what_the_one_before_wrote(pipeline):
 
 def test_last_validation_loss_is_the_log_of_the_perplexity_evaluate_finds(pipeline):
     folder, _, trained, compared, _ = pipeline
-    losses = [e["eval_loss"] for e in jsonl(folder / "adapter/training_log.jsonl") if "eval_loss" in e]
+    losses = [
+        e["eval_loss"] for e in jsonl(folder / "adapter/training_log.jsonl") if "eval_loss" in e
+    ]
     assert len(losses) == 2  # one an epoch
     written = json.loads((folder / "e.json").read_text(encoding="utf-8"))["perplexity"]
     assert losses[-1] == pytest.approx(math.log(written["finetuned"]), abs=1e-3)
@@ -146,14 +149,19 @@ def two_processes(script, *flags):
     """Run a script in two processes that average their gradients over gloo."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    launch = "-m torch.distributed.run --nproc-per-node 2 --master-port 0".split()
-    return subprocess.run(
-        [sys.executable, *launch, str(script), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    command = [sys.executable, *launch, str(script), *map(str, flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=100)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # the launcher then ends its two
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 def run_flags(tiny, data, val, output):

@@ -124,7 +124,9 @@ def test_importing_a_script_does_nothing(name):
 def test_prepare_dataset_answers_from_the_shell_without_loading_torch():
     code = "import sys, runpy; sys.argv[1:] = ['--help']; sys.argv[0] = 'prepare_dataset.py'\n"
     code += "try: runpy.run_path('prepare_dataset.py', run_name='__main__')\n"
-    code += "except SystemExit as end: print(end.code, {'torch', 'transformers'} & set(sys.modules))"
+    code += (
+        "except SystemExit as end: print(end.code, {'torch', 'transformers'} & set(sys.modules))"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
