@@ -23,7 +23,20 @@ import evaluate
 import lora_finetune
 
 ASKED = ["What is a Pod?", "Name a Service, please.", "Why?"]
-THINGS = "Pod Service Node Ingress Secret Volume Job Probe Label Taint Quota Helm".split()
+THINGS = [
+    "Pod",
+    "Service",
+    "Node",
+    "Ingress",
+    "Secret",
+    "Volume",
+    "Job",
+    "Probe",
+    "Label",
+    "Taint",
+    "Quota",
+    "Helm",
+]
 RECORDS = [
     {
         "instruction": f"What is a {thing}?",
@@ -736,7 +749,7 @@ def test_the_page_refers_to_nothing_outside_itself(results, hostile):
         elements = Elements(page)
         loading = {"src", "href", "srcset", "action", "data", "background", "poster", "xlink:href"}
         assert not loading & {name for name, _ in elements.attributes}
-        style = re.findall(r"<style>(.*?)</style>", page.read_text(encoding="utf-8"), re.S)
+        style = re.findall(r"<style>(.*?)</style>", page.read_text(encoding="utf-8"), re.DOTALL)
         assert not re.search(r"url\(|@import|https?:", "".join(style))
         assert not [value for _, value in elements.attributes if "http" in (value or "")]
 

@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import lora_finetune as lf
 import peft
 import pytest
 import torch
@@ -23,11 +22,21 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+import lora_finetune as lf
+
 END_OF_TURN = {"zephyr": "</s>", "chatml": "<|im_end|>", "llama3": "<|eot_id|>", "none": "</s>"}
-CONTROL_TOKENS = (
-    "</s> <s> <unk> <|user|> <|assistant|> <|im_start|> <|im_end|> <|eot_id|> "
-    "<|start_header_id|> <|end_header_id|>"
-).split()
+CONTROL_TOKENS = [
+    "</s>",
+    "<s>",
+    "<unk>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+]
 RECORDS = [
     {"instruction": "What is a Pod?", "input": "", "output": "The smallest deployable unit."},
     {"instruction": "Name  it", "input": "kubectl get pods -A", "output": "lists\n\n  all Pods"},

@@ -17,7 +17,20 @@ import lora_finetune
 import prepare_dataset
 
 ROOT = Path(lora_finetune.__file__).parent
-THINGS = "Pod Service Node Ingress Secret Volume Job Probe Label Taint Quota Helm".split()
+THINGS = [
+    "Pod",
+    "Service",
+    "Node",
+    "Ingress",
+    "Secret",
+    "Volume",
+    "Job",
+    "Probe",
+    "Label",
+    "Taint",
+    "Quota",
+    "Helm",
+]
 PROMISED = {
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -64,11 +77,20 @@ def pipeline(request, tiny_models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     model = tiny_models(*request.param.split("-"))
     source = write_csv(folder / "raw.csv")
-    split = "--val-split 0.2 --seed 3".split()
+    split = ["--val-split", "0.2", "--seed", "3"]
     prepared = prepare_dataset.main(
         ["--input", source, "--output", str(folder / "prepared"), *split]
     )
-    flags = "--epochs 2 --batch-size 4 --gradient-accumulation-steps 2 --learning-rate 0.01".split()
+    flags = [
+        "--epochs",
+        "2",
+        "--batch-size",
+        "4",
+        "--gradient-accumulation-steps",
+        "2",
+        "--learning-rate",
+        "0.01",
+    ]
     paths = ["--dataset", str(folder / "prepared"), "--output", str(folder / "adapter")]
     trained = lora_finetune.main([*flags, *paths, "--model", model])
     flags = ["--adapter", str(folder / "adapter"), "--max-new-tokens", "6"]
@@ -183,8 +205,8 @@ def test_two_processes_give_the_loss_curve_of_one(tiny, tmp_path):
     assert [entry["step"] for entry in alone] == [1, 2, 3, 3, 4, 5, 6, 6]
     for a, b in zip(alone, together, strict=True):
         assert set(a) == set(b)
-        for key in ("loss", "eval_loss", "learning_rate", "epoch"):
-            assert b.get(key) == pytest.approx(a.get(key), abs=1e-4, rel=0)
+        for key in {"loss", "eval_loss", "learning_rate", "epoch"} & set(a):
+            assert b[key] == pytest.approx(a[key], abs=1e-4, rel=0)
         if "grad_norm" in a:
             assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
 
@@ -197,7 +219,7 @@ def test_two_processes_give_the_loss_curve_of_one(tiny, tmp_path):
     assert all(weight.allclose(two[name], atol=1e-3) for name, weight in one.items())
     # the first process alone speaks
     assert done.stdout.count("saved ") == done.stdout.count("next: python evaluate.py") == 1
-    assert len(re.findall(r"^ +\d+ +\d\.\d\d +\d+\.\d{4} ", done.stdout, re.M)) == 6
+    assert len(re.findall(r"^ +\d+ +\d\.\d\d +\d+\.\d{4} ", done.stdout, re.MULTILINE)) == 6
 
 
 FAULT = """

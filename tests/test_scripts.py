@@ -39,7 +39,7 @@ def flag(constant):
 
 def constants(name):
     """{NAME: value} of the block between the rules under "Edit here"."""
-    block = re.search(r"\n# -+\n(# Edit here.*?)\n# -+\n", (ROOT / name).read_text(), re.S)[1]
+    block = re.search(r"\n# -+\n(# Edit here.*?)\n# -+\n", (ROOT / name).read_text(), re.DOTALL)[1]
     lines = [node for node in ast.parse(block).body if isinstance(node, ast.Assign)]
     return {node.targets[0].id: ast.literal_eval(node.value) for node in lines}
 
@@ -128,7 +128,12 @@ def test_prepare_dataset_answers_from_the_shell_without_loading_torch():
         "except SystemExit as end: print(end.code, {'torch', 'transformers'} & set(sys.modules))"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert run.stdout.splitlines()[-1] == "0 set()" and not run.stderr
 
@@ -183,7 +188,7 @@ def test_requirements_name_exactly_the_eight_packages():
 def test_no_script_trusts_remote_code_or_unpickles(name):
     text = (ROOT / name).read_text()
     assert "trust_remote_code=True" not in text and "torch.load(" not in text
-    assert not re.search(r"^\s*(import|from) pickle", text, re.M)
+    assert not re.search(r"^\s*(import|from) pickle", text, re.MULTILINE)
 
 
 # ------------------------------------------------------------------------------- manual
@@ -271,7 +276,7 @@ def test_pasted_into_cells_the_three_stages_run_one_after_another(tiny, tmp_path
         text = (ROOT / name).read_text(encoding="utf-8")
         for constant, value in changes.items():
             text, count = re.subn(
-                rf"^{constant} = [^#\n]*", f"{constant} = {value!r}  ", text, flags=re.M
+                rf"^{constant} = [^#\n]*", f"{constant} = {value!r}  ", text, flags=re.MULTILINE
             )
             assert count == 1
         cells.append(nbformat.v4.new_code_cell(text))
