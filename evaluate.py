@@ -257,7 +257,7 @@ def pretrained(auto_class, name, **kwargs):
     except ImportError as error:
         stop(f"{str(error).strip().splitlines()[0]}; pip install -r requirements.txt")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        hint = "the folder needs config.json, tokenizer.json and model.safetensors"
+        hint = "--model takes a folder with config.json, tokenizer.json and model.safetensors"
         if not Path(name).is_dir():
             hint = "no such folder, and the Hub gave none; offline, pass a folder as --model"
         stop(f"can't load the model {name}: {str(error).strip().splitlines()[0]} ({hint})")
@@ -521,8 +521,8 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } .verdict { 
 pre { font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0 }
 table { border-collapse: collapse; width: 100% } td, th { border-bottom: 1px solid var(--line);
   text-align: left; padding: .3rem .6rem .3rem 0; vertical-align: top; overflow-wrap: anywhere }
-td:not(:first-child), thead th:not(:first-child) { text-align: right } svg { width: 100%; height: auto }
-footer td:not(:first-child) { text-align: left } footer { font-size: .85rem; margin-top: 2rem }
+td:not(:first-child), thead th:not(:first-child) { text-align: right; white-space: nowrap } svg { width: 100%; height: auto }
+footer td:not(:first-child) { text-align: left; white-space: normal } footer { font-size: .85rem; margin-top: 2rem }
 @media (max-width: 40rem) { .pair { grid-template-columns: 1fr } }
 @media print { .pair { break-inside: avoid } }
 </style></head><body>

@@ -311,7 +311,7 @@ def pretrained(auto_class, name, **kwargs):
     except ImportError as error:
         stop(f"{str(error).strip().splitlines()[0]}; pip install -r requirements.txt")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        hint = "the folder needs config.json, tokenizer.json and model.safetensors"
+        hint = "--model takes a folder with config.json, tokenizer.json and model.safetensors"
         if not Path(name).is_dir():
             hint = "no such folder, and the Hub gave none; offline, pass a folder as --model"
         stop(f"can't load the model {name}: {str(error).strip().splitlines()[0]} ({hint})")
@@ -485,6 +485,7 @@ class TrainingLog(transformers.TrainerCallback):
         signal.signal(signum, signal.default_int_handler)  # a second Ctrl-C stops at once
 
     def on_train_begin(self, args, state, control, **kwargs):
+        state.logging_steps = args.logging_steps  # else a checkpoint's would hold
         self.first, self.began = state.global_step, time.monotonic()
         self.clock, self.trainer.tokens = self.began, 0
         self.bar = tqdm(
@@ -600,6 +601,7 @@ def fit(args, precision, model, head, rows, val_rows, pad_id, run, steps):
     """Train and return the Trainer. Out of memory, the micro-batch halves and the rows of a step stay the same."""
     rows_per_step = args.batch_size * args.gradient_accumulation_steps  # of one process
     micro_batch = rows_per_step if args.auto_batch_size else args.batch_size
+    first = micro_batch
     adapter = peft.get_peft_model_state_dict(model)
     untrained = {name: weight.cpu().clone() for name, weight in adapter.items()}
 
@@ -614,7 +616,8 @@ def fit(args, precision, model, head, rows, val_rows, pad_id, run, steps):
 
     @find_executable_batch_size(starting_batch_size=micro_batch, reduce_batch_size_fn=smaller)
     def attempt(batch_size):
-        checkpoint = find_checkpoint(Path(args.output), run)
+        begun = args.resume or batch_size < first  # after out of memory: what this run has saved
+        checkpoint = find_checkpoint(Path(args.output), run) if begun else None
         if checkpoint is None:
             peft.set_peft_model_state_dict(model, untrained)
         settings = transformers.TrainingArguments(
@@ -811,6 +814,10 @@ def main(argv=None):
     blanks = {"input_ids": [[tokenizer.pad_token_id]] * blanks, "labels": [[-100]] * blanks}
     blanks = datasets.Dataset.from_dict(blanks, features=rows.features)
     padded = datasets.concatenate_datasets([rows, blanks])
+    whole = find_checkpoint(Path(args.output), run) if args.resume else None
+    for path in Path(args.output).glob("checkpoint-*") if RANK == 0 else []:
+        if path != whole:
+            shutil.rmtree(path)
     pad_id = tokenizer.pad_token_id
     try:
         trainer = fit(args, precision, model, head, padded, val_rows, pad_id, run, steps)

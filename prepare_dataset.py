@@ -1,7 +1,7 @@
 """Turn a CSV or JSON file of questions and answers into training and validation data.
 
 Reads   --input: .csv .tsv .json .jsonl (also .gz) with columns instruction, input (optional), output
-Writes  --output: train.jsonl, val.jsonl, and rejected.jsonl if a row could not be used
+Writes  --output: train.jsonl, val.jsonl, and rejected.jsonl with the rows that could not be used
 
   > python prepare_dataset.py --input data/raw_qa.csv --output data/prepared
     python lora_finetune.py --dataset data/prepared --output output/tinyllama-k8s-qlora
@@ -290,6 +290,8 @@ def main(argv=None):
 
     names = {field: field for field in FIELDS} | dict(pair.split("=", 1) for pair in args.columns)
     columns = {name.strip().casefold(): field for field, name in names.items()}
+    if len(columns) < len(FIELDS):
+        sys.exit("error: --columns: one column stands for two fields; name another")
     lines, keys, lengths, rejected = [], [], [], []
     known, answers, reasons = set(), Counter(), Counter()
     as_json = json.JSONEncoder(ensure_ascii=False).encode
