@@ -439,7 +439,8 @@ def compare(base, finetuned, tokens):
     difference = finetuned - base
     interval = None
     if len(tokens) > 1:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # rows that changed alike have no interval
             low, high = scipy.stats.bootstrap(
                 (difference, tokens), ratio, paired=True, batch=100, rng=np.random.default_rng(0)
             ).confidence_interval
