@@ -69,6 +69,7 @@ ALPACA_TEMPLATE = (  # for tokenizers that come without a chat template
     "### Instruction:\n{{ message['content'] }}\n\n### Response:\n"
     "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+KEYS = ("base", "finetuned")  # of the two sides in all results
 HIDE_BARS = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
@@ -355,9 +356,8 @@ def load_model(name, folder, load_in_4bit, precision, expected):
         stop(f"{name} lacks weights, such as {sorted(info['missing_keys'])[0]}; download it again")
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = (
-                False  # it repacks the weights, and later answers differ
-            )
+            # else the first answer repacks the weights in place, and later answers differ
+            module.support_avx512bf16_for_cpu = False
     misfit = (
         f"the adapter {folder} does not fit the model {name}; pass the --model it was trained on"
     )
@@ -493,16 +493,16 @@ def wrap(text, width):
     return lines
 
 
-def print_side_by_side(results, names=("before", "after")):
+def print_side_by_side(results):
     """Print each prompt with its two answers in two columns that fit the terminal."""
     width = (min(shutil.get_terminal_size().columns, 160) - 3) // 2
     for number, result in enumerate(results, 1):
         print(f"\n[{number}/{len(results)}] " + textwrap.fill(result["prompt"], 2 * width - 5))
-        ends = ["" if result[key] else " (cut)" for key in ("base_stopped", "finetuned_stopped")]
-        rows = [["before" + ends[0]], ["after" + ends[1]]]
-        for column, key in zip(rows, ("base", "finetuned"), strict=True):
-            column += ["-" * width, *wrap(result[key], width)]
-        for left, right in itertools.zip_longest(*rows, fillvalue=""):
+        columns = []
+        for name, key in zip(("before", "after"), KEYS, strict=True):
+            title = name if result[f"{key}_stopped"] else f"{name} (cut)"
+            columns.append([title, "-" * width, *wrap(result[key], width)])
+        for left, right in itertools.zip_longest(*columns, fillvalue=""):
             print(f"{left:<{width}} | {right}".rstrip())
 
 
@@ -510,9 +510,9 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Before and after fine-tuning</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --paper: #fff;
-  --tint: #f6f8fa; --before: #57606a; --after: #0a5cc2; --alarm: #a40e26 }
+  --tint: #f6f8fa; --after: #0a5cc2; --alarm: #a40e26 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9da7b3; --line: #30363d;
-  --paper: #0d1117; --tint: #161b22; --before: #9da7b3; --after: #6cb0ff; --alarm: #ff9a9a } }
+  --paper: #0d1117; --tint: #161b22; --after: #6cb0ff; --alarm: #ff9a9a } }
 body { overflow-wrap: anywhere; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 70rem; margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } .verdict { font-size: 1.2rem }
@@ -564,22 +564,11 @@ def write_page(path, results, log):
         PAGE,
         f'<h1>Before and after fine-tuning</h1><p class="verdict">{text(summary["verdict"])}</p>',
     ]
-    rows = [
-        (
-            "Answers that stopped by themselves",
-            "base_stopped",
-            "finetuned_stopped",
-            "{} of %d" % summary["prompts"],
-        )
-    ]
-    rows += [
-        ("Mean length of an answer, tokens", "base_mean_tokens", "finetuned_mean_tokens", "{:.0f}")
-    ]
-    cells = [(name, form.format(summary[a]), form.format(summary[b])) for name, a, b, form in rows]
-    if perplexity:
-        cells.insert(
-            0, ("Perplexity", f"{perplexity['base']:.3f}", f"{perplexity['finetuned']:.3f}")
-        )
+    stopped = [f"{summary[f'{key}_stopped']} of {summary['prompts']}" for key in KEYS]
+    lengths = [f"{summary[f'{key}_mean_tokens']:.0f}" for key in KEYS]
+    cells = [("Perplexity", *(f"{perplexity[key]:.3f}" for key in KEYS))] if perplexity else []
+    cells += [("Answers that stopped by themselves", *stopped)]
+    cells += [("Mean length of an answer, tokens", *lengths)]
     parts.append(
         "<table><thead><tr><th>Measure</th><th>Before</th><th>After</th></tr></thead><tbody>"
     )
@@ -587,7 +576,7 @@ def write_page(path, results, log):
     parts += ["</tbody></table>", curve(log), "<h2>Answers side by side</h2>"]
     for result in results["prompts"]:
         parts.append(f"<h2>{text(result['prompt'])}</h2><div class=pair>")
-        for name, key in ("Before", "base"), ("After", "finetuned"):
+        for name, key in zip(("Before", "After"), KEYS, strict=True):
             cut = "" if result[f"{key}_stopped"] else ' <span class="cut">did not stop, cut</span>'
             parts.append(f"<div><h3>{name}{cut}</h3><pre>{text(result[key])}</pre></div>")
         parts.append("</div>")
@@ -636,10 +625,12 @@ def main(argv=None):
         ]
 
     prompts = [prompt_ids(question) for question in questions]
-    stops = {
-        tokenizer.eos_token_id,
-        *tokenizer(frame[2], add_special_tokens=False)["input_ids"][-1:],
-    }
+    rows = [encode(record, tokenizer, frame, longest) for record in records]
+    rows = [row for row in rows if row["labels"][-1] != -100]
+    if records and not rows:
+        stop(f"{args.val_data}: no row has any of its answer within {longest} tokens")
+    end_of_turn = tokenizer(frame[2], add_special_tokens=False)["input_ids"][-1:]
+    stops = {tokenizer.eos_token_id, *end_of_turn}
     stops |= set(np.atleast_1d(base.generation_config.eos_token_id or []).tolist())
     with (
         torch.inference_mode(),
@@ -649,11 +640,7 @@ def main(argv=None):
             before, _ = generate(model, tokenizer, prompts, stops, args, "before")
         after, speed = generate(model, tokenizer, prompts, stops, args, "after")
         perplexity = None
-        if records:
-            rows = [encode(record, tokenizer, frame, longest) for record in records]
-            rows = [row for row in rows if row["labels"][-1] != -100]
-            if not rows:
-                stop(f"{args.val_data}: no row has any of its answer within {longest} tokens")
+        if rows:
             tokens = np.array([sum(label != -100 for label in row["labels"]) for row in rows])
             head, pad = take_head(base), tokenizer.pad_token_id
             with model.disable_adapter():

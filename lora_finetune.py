@@ -383,9 +383,8 @@ def load_model(args, device, precision):
         )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = (
-                False  # else an evaluation repacks the weights, and gradients end
-            )
+            # else an evaluation repacks the weights in place, and gradients end
+            module.support_avx512bf16_for_cpu = False
     head = take_head(model)
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     for target in args.target_modules:
@@ -402,9 +401,7 @@ def load_model(args, device, precision):
     )
     model = peft.get_peft_model(model, lora)
     for module in model.modules():
-        if hasattr(
-            module, "variance_epsilon"
-        ):  # the RMSNorm of Llama and its kin: one kernel for eight
+        if hasattr(module, "variance_epsilon"):  # RMSNorm of Llama and kin: one kernel for eight
             size, eps = module.weight.shape, module.variance_epsilon
             module.forward = partial(
                 torch.nn.functional.rms_norm, normalized_shape=size, weight=module.weight, eps=eps
@@ -525,7 +522,9 @@ class TrainingLog(transformers.TrainerCallback):
             entry |= {"loss": loss, "learning_rate": rate, "grad_norm": norm}
             entry |= {"tokens_per_second": round(speed, 1), "memory_mib": memory_mib()}
             line = f"{state.global_step:>6} {state.epoch:>7.2f} {loss:>8.4f} {rate:>9.2e} {norm:>10.3f}"
-            line += f" {speed:>10,.0f} {memory_mib():>6,} {timedelta(seconds=round(left))!s:>10}"
+            line += (
+                f" {speed:>10,.0f} {entry['memory_mib']:>6,} {timedelta(seconds=round(left))!s:>10}"
+            )
         else:
             return
         say(line)
@@ -556,12 +555,9 @@ class TrainingLog(transformers.TrainerCallback):
 
 def memory_mib():
     """Peak memory in MiB of this process on the GPU, or on a CPU what it holds now."""
-    used = (
-        torch.cuda.max_memory_allocated()
-        if torch.cuda.is_available()
-        else psutil.Process().memory_info().rss
-    )
-    return used >> 20
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    return psutil.Process().memory_info().rss >> 20
 
 
 def sha256(path):
@@ -712,9 +708,8 @@ def choose_device(args):
     device = int(os.environ.get("LOCAL_RANK", 0))
     torch.cuda.set_device(device)
     torch.cuda.reset_peak_memory_stats()
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # it plans anew for each length, which costs more than it gives
+    # cuDNN attention plans anew for each length, which costs more than it gives
+    torch.backends.cuda.enable_cudnn_sdp(False)
     name = torch.cuda.get_device_name(device)
     if args.precision == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
         stop(f"--precision bf16: {name} only emulates it, slowly; use fp16")
@@ -808,9 +803,8 @@ def main(argv=None):
     say(f"training    {total:,} steps of {rows_per_step} rows ({per_epoch:,} steps an epoch)")
     show_example(rows[0], tokenizer)
 
-    blanks = (
-        -len(rows) % rows_per_step
-    )  # rows without a label: steps are whole, whatever splits them
+    # rows without a label make all steps whole, whatever splits them
+    blanks = -len(rows) % rows_per_step
     blanks = {"input_ids": [[tokenizer.pad_token_id]] * blanks, "labels": [[-100]] * blanks}
     blanks = datasets.Dataset.from_dict(blanks, features=rows.features)
     padded = datasets.concatenate_datasets([rows, blanks])
@@ -832,9 +826,8 @@ def main(argv=None):
         done = f"stopped after step {state.global_step} of {total}"
         sys.exit(f"{done}; the same command with --resume goes on")
 
-    entries = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
     result = {"steps": total, "memory_mib": memory_mib()}
-    for entry in entries:
+    for entry in state.log_history:  # the last of each stays
         result |= {key: entry[key] for key in ("loss", "eval_loss") if key in entry}
     if RANK == 0:
         packages = "torch transformers peft accelerate bitsandbytes datasets".split()
