@@ -225,16 +225,22 @@ def encode(record, tokenizer, frame, max_length):
 
 
 def collate(rows, pad_id):
-    """Pad rows on the right to (rows, longest): causal attention never looks there, so no mask is needed."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    padding = [longest - len(row["input_ids"]) for row in rows]
-    return {
-        "input_ids": torch.tensor(
-            [row["input_ids"] + [pad_id] * n for row, n in zip(rows, padding)]
-        ),
-        "labels": torch.tensor([row["labels"] + [-100] * n for row, n in zip(rows, padding)]),
-        "tokens": sum(len(row["input_ids"]) for row in rows),
-    }
+    """Sort rows, longest first, and pad them on the right to (rows, longest): causal attention never looks there."""
+    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
+    lengths = [len(row["input_ids"]) for row in rows]
+    padding = [lengths[0] - length for length in lengths]
+    ids = [row["input_ids"] + [pad_id] * n for row, n in zip(rows, padding)]
+    labels = [row["labels"] + [-100] * n for row, n in zip(rows, padding)]
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "lengths": lengths}
+
+
+def micro_batches(lengths, room):
+    """Slices of rows, longest first, that take at most `room` tokens with their padding, or one row."""
+    start = 0
+    while start < len(lengths):
+        part = slice(start, start + max(1, room // lengths[start]))
+        yield part
+        start = part.stop
 
 
 def counted(hidden, labels):
@@ -410,18 +416,17 @@ def generate(model, tokenizer, prompts, stops, args, title):
 def row_nll(model, head, rows, batch_size, pad_id, title):
     """Sum of the negative log-likelihoods (nats) of each row's response tokens: shape (rows,)."""
     sums = np.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    for start in tqdm(
-        range(0, len(order), batch_size), f"perplexity, {title}", disable=HIDE_BARS, leave=False
-    ):
-        chosen = order[start : start + batch_size]
-        batch = collate([rows[i] for i in chosen], pad_id)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    lengths = [len(rows[i]["input_ids"]) for i in order]
+    parts = list(micro_batches(lengths, batch_size * lengths[0]))
+    for part in tqdm(parts, f"perplexity, {title}", disable=HIDE_BARS, leave=False):
+        batch = collate([rows[i] for i in order[part]], pad_id)
         input_ids, labels = batch["input_ids"].to(model.device), batch["labels"].to(model.device)
         states, targets = counted(model(input_ids=input_ids, use_cache=False).logits, labels)
-        parts = zip(states.split(256), targets.split(256), strict=True)
-        nll = torch.cat([token_nll(head, *part) for part in parts]).double()
+        pieces = zip(states.split(256), targets.split(256), strict=True)
+        nll = torch.cat([token_nll(head, *piece) for piece in pieces]).double()
         counts = (labels[:, 1:] != -100).sum(1).tolist()
-        sums[chosen] = [row.sum().item() for row in nll.split(counts)]
+        sums[order[part]] = [row.sum().item() for row in nll.split(counts)]
     return sums
 
 

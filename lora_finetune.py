@@ -9,6 +9,7 @@ Writes  --output: the LoRA adapter, its tokenizer, training_log.jsonl, training_
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -31,8 +32,7 @@ import peft
 import psutil
 import torch
 import transformers
-from accelerate.utils import find_executable_batch_size
-from accelerate.utils.memory import clear_device_cache
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
@@ -78,6 +78,10 @@ OVERWRITE = False  # replace what an earlier run left in OUTPUT
 DECISIVE = """max_seq_length model load_in_4bit lora_r lora_alpha lora_dropout target_modules epochs
 max_steps learning_rate warmup_ratio batch_size gradient_accumulation_steps seed""".split()  # see --resume
 MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
+OUT_OF_MEMORY = (
+    "error: out of memory at one row a micro-batch; in this order: --gradient-checkpointing, a smaller "
+    "--max-seq-length, --load-in-4bit, a smaller --lora-r or fewer --target-modules, a smaller --model"
+)
 SEAL = "seal.json"  # written last into a checkpoint: its run and the SHA-256 of its files
 ALPACA_TEMPLATE = (  # for tokenizers that come without a chat template
     "{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -278,16 +282,22 @@ def encode(record, tokenizer, frame, max_length):
 
 
 def collate(rows, pad_id):
-    """Pad rows on the right to (rows, longest): causal attention never looks there, so no mask is needed."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    padding = [longest - len(row["input_ids"]) for row in rows]
-    return {
-        "input_ids": torch.tensor(
-            [row["input_ids"] + [pad_id] * n for row, n in zip(rows, padding)]
-        ),
-        "labels": torch.tensor([row["labels"] + [-100] * n for row, n in zip(rows, padding)]),
-        "tokens": sum(len(row["input_ids"]) for row in rows),
-    }
+    """Sort rows, longest first, and pad them on the right to (rows, longest): causal attention never looks there."""
+    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
+    lengths = [len(row["input_ids"]) for row in rows]
+    padding = [lengths[0] - length for length in lengths]
+    ids = [row["input_ids"] + [pad_id] * n for row, n in zip(rows, padding)]
+    labels = [row["labels"] + [-100] * n for row, n in zip(rows, padding)]
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "lengths": lengths}
+
+
+def micro_batches(lengths, room):
+    """Slices of rows, longest first, that take at most `room` tokens with their padding, or one row."""
+    start = 0
+    while start < len(lengths):
+        part = slice(start, start + max(1, room // lengths[start]))
+        yield part
+        start = part.stop
 
 
 def counted(hidden, labels):
@@ -415,19 +425,48 @@ def load_model(args, device, precision):
 
 
 class ResponseTrainer(transformers.Trainer):
-    """Trainer whose loss counts the response tokens only, each alike over the whole effective batch."""
+    """Trainer whose loss counts the response tokens only, each alike over the whole optimizer step.
 
-    head = sampler = None
+    A batch is all rows of a step. It is worked off in micro-batches of `room` tokens: the room that
+    --batch-size of the longest rows take, so short rows go more at once, in fewer passes.
+    """
+
+    head = sampler = room = None
     tokens = 0  # real ones seen, by all processes
 
     def _get_train_sampler(self, train_dataset=None):
-        """Rows of like length in a step, in the same order for every split into micro-batches and processes."""
-        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * WORLD_SIZE
+        """Rows of like length in a step, in the same order however many processes share it."""
+        rows = self.args.train_batch_size * WORLD_SIZE
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         self.sampler = DistributedLengthGroupedSampler(
             rows, lengths=lengths, num_replicas=1, rank=0, seed=self.args.seed
         )
         return self.sampler
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Add up the gradients of the micro-batches; out of memory, begin the step again with half the room."""
+        torch.manual_seed(self.args.seed + self.state.global_step * WORLD_SIZE + RANK)  # of dropout
+        loss, lengths = 0.0, inputs["lengths"]
+        try:
+            for part in micro_batches(lengths, self.room):
+                rows = {
+                    key: inputs[key][part, : lengths[part.start]] for key in ("input_ids", "labels")
+                }
+                last = part.stop >= len(lengths)
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                    loss += super().training_step(model, rows, num_items_in_batch)
+            self.tokens += sum(lengths) * WORLD_SIZE
+            return loss
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+        if len(rows["input_ids"]) == 1 or WORLD_SIZE > 1:
+            sys.exit(OUT_OF_MEMORY)
+        self.room = rows["input_ids"].numel() // 2
+        say(f"out of memory: going on with {self.room:,} tokens at once, the same rows a step")
+        model.zero_grad()
+        clear_device_cache(garbage_collection=True)
+        return self.training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean NLL over the response tokens of the whole step (a sum that Trainer adds up).
@@ -436,7 +475,6 @@ class ResponseTrainer(transformers.Trainer):
         softmax run only where a label counts, 256 tokens at a time, and each part's gradient is taken
         on the spot: `pull` carries it into the backward pass without changing the value.
         """
-        self.tokens += inputs["tokens"] * WORLD_SIZE
         hidden = model(input_ids=inputs["input_ids"], use_cache=False).logits
         states, targets = counted(hidden, inputs["labels"])
         total, gradients = 0.0, []
@@ -450,18 +488,17 @@ class ResponseTrainer(transformers.Trainer):
 
     def evaluate(self, *args, **kwargs):
         """Log and return the validation loss: nats over all response tokens divided by their number."""
-        rows = sorted(self.eval_dataset, key=lambda row: len(row["input_ids"]))[RANK::WORLD_SIZE]
-        size = self.args.per_device_train_batch_size
+        rows = sorted(self.eval_dataset, key=lambda row: -len(row["input_ids"]))[RANK::WORLD_SIZE]
+        parts = list(micro_batches([len(row["input_ids"]) for row in rows], self.room))
         total = torch.zeros(2, device=self.args.device)
         self.model.eval()
         with torch.no_grad():
-            starts = range(0, len(rows), size)
-            for start in tqdm(starts, "validation", disable=HIDE_BARS, leave=False, delay=2):
-                batch = self._prepare_inputs(self.data_collator(rows[start : start + size]))
+            for part in tqdm(parts, "validation", disable=HIDE_BARS, leave=False, delay=2):
+                batch = self._prepare_inputs(self.data_collator(rows[part]))
                 hidden = self.model(input_ids=batch["input_ids"], use_cache=False).logits
                 states, targets = counted(hidden, batch["labels"])
-                for part, target in zip(states.split(256), targets.split(256)):
-                    total[0] += token_nll(self.head, part, target).sum()
+                for some in zip(states.split(256), targets.split(256)):
+                    total[0] += token_nll(self.head, *some).sum()
                 total[1] += len(targets)
         nats, tokens = self.accelerator.reduce(total, "sum").tolist()
         self.log({"eval_loss": nats / tokens})
@@ -593,83 +630,54 @@ def find_checkpoint(folder, run):
     return None
 
 
-def fit(args, precision, model, head, rows, val_rows, pad_id, run, steps):
-    """Train and return the Trainer. Out of memory, the micro-batch halves and the rows of a step stay the same."""
+def train(args, precision, model, head, rows, val_rows, pad_id, run, steps, checkpoint):
+    """Train, from a checkpoint's folder if there is one, and return the Trainer."""
     rows_per_step = args.batch_size * args.gradient_accumulation_steps  # of one process
-    micro_batch = rows_per_step if args.auto_batch_size else args.batch_size
-    first = micro_batch
-    adapter = peft.get_peft_model_state_dict(model)
-    untrained = {name: weight.cpu().clone() for name, weight in adapter.items()}
-
-    def smaller():
-        nonlocal micro_batch
-        divisors = [n for n in range(1, micro_batch // 2 + 1) if rows_per_step % n == 0]
-        micro_batch = max(divisors, default=0) if WORLD_SIZE == 1 else 0
-        if micro_batch:
-            parts = rows_per_step // micro_batch
-            say(f"out of memory: going on with {parts} micro-batches of {micro_batch} rows a step")
-        return micro_batch
-
-    @find_executable_batch_size(starting_batch_size=micro_batch, reduce_batch_size_fn=smaller)
-    def attempt(batch_size):
-        begun = args.resume or batch_size < first  # after out of memory: what this run has saved
-        checkpoint = find_checkpoint(Path(args.output), run) if begun else None
-        if checkpoint is None:
-            peft.set_peft_model_state_dict(model, untrained)
-        settings = transformers.TrainingArguments(
-            output_dir=args.output,
-            num_train_epochs=args.epochs,
-            max_steps=args.max_steps,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=rows_per_step // batch_size,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=min(math.ceil(args.warmup_ratio * steps["total"]), steps["total"] - 1),
-            max_grad_norm=MAX_GRAD_NORM,
-            fp16=precision == "fp16",
-            bf16=precision == "bf16",
-            use_cpu=not torch.cuda.is_available(),
-            ddp_find_unused_parameters=False,
-            save_steps=math.ceil(steps["total"] / 10),
-            save_total_limit=2,
-            logging_steps=args.logging_steps,
-            logging_nan_inf_filter=False,  # it would show 0.0 for NaN
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            disable_tqdm=True,
-            report_to="none",
-            seed=args.seed,
-        )
-        settings._n_gpu = min(settings.n_gpu, 1)  # one process uses one GPU, whatever else is there
-        trainer = ResponseTrainer(
-            model=model,
-            args=settings,
-            train_dataset=rows,
-            eval_dataset=val_rows,
-            data_collator=partial(collate, pad_id=pad_id),
-        )
-        trainer.head, trainer.model_accepts_loss_kwargs = head, True
-        log = TrainingLog(trainer, run, steps["per_epoch"])
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(log)
-        signals = signal.SIGINT, signal.SIGTERM
-        handlers = {signum: signal.signal(signum, log.ask_to_stop) for signum in signals}
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        finally:
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
-        return trainer
-
-    try:
-        return attempt()
-    except RuntimeError as error:
-        if "No executable batch size" not in str(error):
-            raise
-    sys.exit(
-        "error: out of memory at one row a micro-batch; in this order: --gradient-checkpointing, a smaller "
-        "--max-seq-length, --load-in-4bit, a smaller --lora-r or fewer --target-modules, a smaller --model"
+    settings = transformers.TrainingArguments(
+        output_dir=args.output,
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=rows_per_step,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(math.ceil(args.warmup_ratio * steps["total"]), steps["total"] - 1),
+        max_grad_norm=MAX_GRAD_NORM,
+        fp16=precision == "fp16",
+        bf16=precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        save_steps=math.ceil(steps["total"] / 10),
+        save_total_limit=2,
+        logging_steps=args.logging_steps,
+        logging_nan_inf_filter=False,  # it would show 0.0 for NaN
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+        seed=args.seed,
     )
+    settings._n_gpu = min(settings.n_gpu, 1)  # one process uses one GPU, whatever else is there
+    trainer = ResponseTrainer(
+        model=model,
+        args=settings,
+        train_dataset=rows,
+        eval_dataset=val_rows,
+        data_collator=partial(collate, pad_id=pad_id),
+    )
+    trainer.head, trainer.model_accepts_loss_kwargs = head, True
+    at_once = rows_per_step if args.auto_batch_size else args.batch_size
+    trainer.room = at_once * max(len(ids) for ids in rows["input_ids"])
+    log = TrainingLog(trainer, run, steps["per_epoch"])
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(log)
+    signals = signal.SIGINT, signal.SIGTERM
+    handlers = {signum: signal.signal(signum, log.ask_to_stop) for signum in signals}
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    return trainer
 
 
 def save_adapter(model, tokenizer, folder):
@@ -814,7 +822,7 @@ def main(argv=None):
             shutil.rmtree(path)
     pad_id = tokenizer.pad_token_id
     try:
-        trainer = fit(args, precision, model, head, padded, val_rows, pad_id, run, steps)
+        trainer = train(args, precision, model, head, padded, val_rows, pad_id, run, steps, whole)
         if RANK == 0 and trainer.state.global_step == total:
             save_adapter(model, tokenizer, Path(args.output))
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -351,7 +351,7 @@ def test_one_step_equals_a_reference_by_hand(
     rows = [{k: v.strip() for k, v in row.items()} for row in ROWS[:count]]
     nf4 = precision == "--load-in-4bit"
     loss, expected = reference_steps(tiny, "zephyr", rows, nf4, weights)
-    assert len(losses) == accumulation
+    assert len(losses) == 1 if accumulation == 1 else 1 < len(losses) <= accumulation
     assert sum(losses) == pytest.approx(loss, rel=1e-5)
     assert read_log(tmp_path / "out")[0]["loss"] == pytest.approx(loss, rel=1e-4)
     assert gradients.keys() == expected.keys()
@@ -663,42 +663,72 @@ def test_the_adapter_is_not_pickled_and_holds_lora_weights_alone(undisturbed):
 # out of memory -----------------------------------------------------------------------------------
 
 
-def out_of_memory(monkeypatch, rows, first_step=0):
-    """Micro-batches of more than so many rows don't fit; returns the sizes that were tried."""
-    training_step, sizes = lf.ResponseTrainer.training_step, []
+def out_of_memory(monkeypatch, tokens, first_step=0):
+    """Micro-batches of more than so many tokens don't fit; returns the (rows, length) that were tried."""
+    compute_loss, tried = lf.ResponseTrainer.compute_loss, []
 
-    def step(self, model, inputs, *args, **kwargs):
-        sizes.append(len(inputs["input_ids"]))
-        if sizes[-1] > rows and self.state.global_step >= first_step:
+    def compute(self, model, inputs, *args, **kwargs):
+        tried.append(tuple(inputs["input_ids"].shape))
+        if math.prod(tried[-1]) > tokens and self.state.global_step >= first_step:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return training_step(self, model, inputs, *args, **kwargs)
+        return compute_loss(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(lf.ResponseTrainer, "training_step", step)
-    return sizes
+    monkeypatch.setattr(lf.ResponseTrainer, "compute_loss", compute)
+    return tried
+
+
+@pytest.fixture
+def alike(tmp_path):
+    """Sixteen rows of one length, so that micro-batches are counted in rows."""
+    rows = [{**ROWS[3], "instruction": f"Question {i:02}?"} for i in range(16)]
+    return write_jsonl(tmp_path / "alike.jsonl", rows)
+
+
+def row_tokens(tiny, data):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    row = lf.read_jsonl(data)[0]
+    return len(lf.encode(row, tokenizer, lf.chat_frame(tokenizer), 10**6)["input_ids"])
+
+
+def test_micro_batches_take_each_row_once_within_their_room():
+    lengths = [9, 7, 7, 4, 3, 1, 1]
+    parts = [lengths[part] for part in lf.micro_batches(lengths, 14)]
+    assert parts == [[9], [7, 7], [4, 3, 1], [1]]
+
+
+def test_no_micro_batch_takes_more_room_than_batch_size_of_the_longest_rows(
+    tiny, tmp_path, monkeypatch
+):
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    tried = out_of_memory(monkeypatch, 10**9)
+    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 1))
+    longest = max(length for _, length in tried)
+    assert sum(rows for rows, _ in tried) == 16
+    assert max(rows for rows, _ in tried) > 4
+    assert all(rows * length <= 4 * longest for rows, length in tried)
 
 
 def test_out_of_memory_gives_the_run_that_began_with_smaller_batches(
-    tiny, tmp_path, monkeypatch, capsys
+    tiny, alike, tmp_path, monkeypatch, capsys
 ):
-    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     more = ["--max-steps", 3]
     began = ["--batch-size", 2, "--gradient-accumulation-steps", 8]
-    lf.main(flags(tiny, data, tmp_path / "began", *more, *began))
-    sizes = out_of_memory(monkeypatch, 2)
+    lf.main(flags(tiny, alike, tmp_path / "began", *more, *began))
+    tokens = row_tokens(tiny, alike)
+    tried = out_of_memory(monkeypatch, 2 * tokens)
     capsys.readouterr()
-    lf.main(flags(tiny, data, tmp_path / "out", *more))
-    assert sizes == [4] + [2] * 24
+    lf.main(flags(tiny, alike, tmp_path / "out", *more))
+    assert [rows for rows, _ in tried] == [4] + [2] * 24
     assert "out of memory" in capsys.readouterr().out
     assert_same_run(tmp_path / "out", tmp_path / "began")
 
 
-def test_out_of_memory_in_the_middle_keeps_the_rows_of_a_step(tiny, tmp_path, monkeypatch):
-    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+def test_out_of_memory_in_the_middle_keeps_the_rows_of_a_step(tiny, alike, tmp_path, monkeypatch):
     more = ["--max-steps", 5, "--lora-dropout", 0]
-    lf.main(flags(tiny, data, tmp_path / "calm", *more))
-    sizes = out_of_memory(monkeypatch, 2, first_step=3)
-    lf.main(flags(tiny, data, tmp_path / "out", *more))
-    assert sizes == [4] * 13 + [2] * 16
+    lf.main(flags(tiny, alike, tmp_path / "calm", *more))
+    tried = out_of_memory(monkeypatch, 2 * row_tokens(tiny, alike), first_step=3)
+    lf.main(flags(tiny, alike, tmp_path / "out", *more))
+    assert [rows for rows, _ in tried] == [4] * 13 + [2] * 16
     steps = [entry["step"] for entry in read_log(tmp_path / "out")]
     assert steps == [1, 2, 3, 4, 5]
     for one, other in zip(read_log(tmp_path / "out"), read_log(tmp_path / "calm")):
@@ -707,25 +737,26 @@ def test_out_of_memory_in_the_middle_keeps_the_rows_of_a_step(tiny, tmp_path, mo
 
 
 def test_out_of_memory_at_one_row_ends_in_one_line_of_advice(
-    tiny, data, tmp_path, monkeypatch, capsys
+    tiny, alike, tmp_path, monkeypatch, capsys
 ):
-    sizes = out_of_memory(monkeypatch, 0)
-    line = error_line(flags(tiny, data, tmp_path / "out"), capsys)
-    assert sizes == [4, 2, 1]
+    tried = out_of_memory(monkeypatch, 0)
+    line = error_line(flags(tiny, alike, tmp_path / "out"), capsys)
+    assert [rows for rows, _ in tried] == [4, 2, 1]
     assert "out of memory" in line and "--max-seq-length" in line
     assert not (tmp_path / "out/adapter_model.safetensors").exists()
 
 
-def test_auto_batch_size_starts_at_the_full_step_and_keeps_its_rows(tiny, tmp_path, monkeypatch):
-    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+def test_auto_batch_size_starts_at_the_full_step_and_keeps_its_rows(
+    tiny, alike, tmp_path, monkeypatch
+):
     more = ["--max-steps", 2, "--batch-size", 3, "--gradient-accumulation-steps", 4]
-    sizes = out_of_memory(monkeypatch, 100)
-    lf.main(flags(tiny, data, tmp_path / "all", *more, "--auto-batch-size"))
-    assert sizes == [12, 12]
+    tried = out_of_memory(monkeypatch, 10**9)
+    lf.main(flags(tiny, alike, tmp_path / "all", *more, "--auto-batch-size"))
+    assert [rows for rows, _ in tried] == [12, 12]
     monkeypatch.undo()
-    sizes = out_of_memory(monkeypatch, 4)
-    lf.main(flags(tiny, data, tmp_path / "out", *more, "--auto-batch-size"))
-    assert sizes == [12, 6] + [3] * 8
+    tried = out_of_memory(monkeypatch, 4 * row_tokens(tiny, alike))
+    lf.main(flags(tiny, alike, tmp_path / "out", *more, "--auto-batch-size"))
+    assert [rows for rows, _ in tried] == [12, 6] + [3] * 8
 
 
 # NaN ---------------------------------------------------------------------------------------------
