@@ -339,9 +339,8 @@ def read_log(path):
     return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
 
 
-def load_model(name, folder, load_in_4bit, precision, expected):
-    """Load the base and put the adapter on it, checking that the two belong together."""
-    device = 0 if torch.cuda.is_available() else "cpu"
+def load_base(name, device, precision, load_in_4bit):
+    """Load a causal language model onto one device, its linear layers in NF4 with double quantisation if asked."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -349,7 +348,7 @@ def load_model(name, folder, load_in_4bit, precision, expected):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    base, info = pretrained(
+    model, info = pretrained(
         AutoModelForCausalLM,
         name,
         dtype=dtype,
@@ -360,10 +359,17 @@ def load_model(name, folder, load_in_4bit, precision, expected):
     )
     if info["missing_keys"]:
         stop(f"{name} lacks weights, such as {sorted(info['missing_keys'])[0]}; download it again")
-    for module in base.modules():
+    for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # else the first answer repacks the weights in place, and later answers differ
+            # else the first evaluation repacks the weights in place, and nothing after it is right
             module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def load_model(name, folder, precision, load_in_4bit, expected):
+    """Load the base and put the adapter on it, checking that the two belong together."""
+    device = 0 if torch.cuda.is_available() else "cpu"
+    base = load_base(name, device, precision, load_in_4bit)
     misfit = (
         f"the adapter {folder} does not fit the model {name}; pass the --model it was trained on"
     )
@@ -619,7 +625,7 @@ def main(argv=None):
     own_tokenizer = (folder / "tokenizer_config.json").exists()
     tokenizer = pretrained(AutoTokenizer, folder if own_tokenizer else name)
     frame = chat_frame(tokenizer)
-    model = load_model(name, folder, load_in_4bit, precision, training.get("base_fingerprint"))
+    model = load_model(name, folder, precision, load_in_4bit, training.get("base_fingerprint"))
     base = model.get_base_model()
     longest = trained.get("max_seq_length") or base.config.max_position_embeddings
 

@@ -88,10 +88,8 @@ ALPACA_TEMPLATE = (  # for tokenizers that come without a chat template
     "### Instruction:\n{{ message['content'] }}\n\n### Response:\n"
     "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-RANK, WORLD_SIZE = (
-    int(os.environ.get("RANK", 0)),
-    int(os.environ.get("WORLD_SIZE", 1)),
-)  # by torchrun
+RANK = int(os.environ.get("RANK", 0))  # of this process, set by torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 HIDE_BARS = RANK > 0 or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
@@ -348,6 +346,33 @@ def fingerprint(model):
     return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:16]
 
 
+def load_base(name, device, precision, load_in_4bit):
+    """Load a causal language model onto one device, its linear layers in NF4 with double quantisation if asked."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model, info = pretrained(
+        AutoModelForCausalLM,
+        name,
+        dtype=dtype,
+        quantization_config=nf4 if load_in_4bit else None,
+        device_map={"": device},
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:
+        stop(f"{name} lacks weights, such as {sorted(info['missing_keys'])[0]}; download it again")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # else the first evaluation repacks the weights in place, and nothing after it is right
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def checkpoint_layer(layer, *inputs, **kwargs):
     """Run a decoder layer that keeps only its input, in host memory, and is run again in the backward pass."""
 
@@ -358,45 +383,16 @@ def checkpoint_layer(layer, *inputs, **kwargs):
         return host.copy_(tensor, non_blocking=True)  # ordered by the stream, so no need to wait
 
     def to_device(tensor):
-        return tensor.to(
-            torch.cuda.current_device() if torch.cuda.is_available() else "cpu", non_blocking=True
-        )
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        return tensor.to(device, non_blocking=True)
 
     with torch.autograd.graph.saved_tensors_hooks(to_host, to_device):
         return checkpoint(layer, *inputs, use_reentrant=False, **kwargs)
 
 
-def load_model(args, device, precision):
-    """Load the base and put a fresh LoRA adapter on it; returns the model and the head taken off it.
-
-    The base stays frozen in 4 bits or `--precision`, the adapter is float32 and computed under autocast.
-    """
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    model, info = pretrained(
-        AutoModelForCausalLM,
-        args.model,
-        dtype=dtype,
-        quantization_config=nf4 if args.load_in_4bit else None,
-        device_map={"": device},
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    if info["missing_keys"]:
-        stop(
-            f"{args.model} lacks weights, such as {sorted(info['missing_keys'])[0]}; download it again"
-        )
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # else an evaluation repacks the weights in place, and gradients end
-            module.support_avx512bf16_for_cpu = False
-    head = take_head(model)
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+def put_adapter(base, args):
+    """Put a fresh LoRA adapter on a base, in float32, and make its layers small and fast; the base stays frozen."""
+    linear = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
     for target in args.target_modules:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
@@ -409,7 +405,7 @@ def load_model(args, device, precision):
         target_modules=args.target_modules,
         task_type="CAUSAL_LM",
     )
-    model = peft.get_peft_model(model, lora)
+    model = peft.get_peft_model(base, lora)
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):  # RMSNorm of Llama and kin: one kernel for eight
             size, eps = module.weight.shape, module.variance_epsilon
@@ -421,7 +417,7 @@ def load_model(args, device, precision):
                 module.forward = torch.compile(module.forward, dynamic=True)
             if args.gradient_checkpointing:
                 module.forward = partial(checkpoint_layer, module.forward)
-    return model, head
+    return model
 
 
 class ResponseTrainer(transformers.Trainer):
@@ -630,9 +626,14 @@ def find_checkpoint(folder, run):
     return None
 
 
-def train(args, precision, model, head, rows, val_rows, pad_id, run, steps, checkpoint):
-    """Train, from a checkpoint's folder if there is one, and return the Trainer."""
-    rows_per_step = args.batch_size * args.gradient_accumulation_steps  # of one process
+def make_trainer(args, precision, model, head, rows, val_rows, tokenizer, total):
+    """The Trainer of a run of `total` steps; its batches are all rows of a step that this process takes."""
+    pad_id = tokenizer.pad_token_id
+    rows_per_step = args.batch_size * args.gradient_accumulation_steps
+    # rows without a label make all steps whole, however many processes share them
+    missing = -len(rows) % (rows_per_step * WORLD_SIZE)
+    blanks = {"input_ids": [[pad_id]] * missing, "labels": [[-100]] * missing}
+    blanks = datasets.Dataset.from_dict(blanks, features=rows.features)
     settings = transformers.TrainingArguments(
         output_dir=args.output,
         num_train_epochs=args.epochs,
@@ -640,13 +641,13 @@ def train(args, precision, model, head, rows, val_rows, pad_id, run, steps, chec
         per_device_train_batch_size=rows_per_step,
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=min(math.ceil(args.warmup_ratio * steps["total"]), steps["total"] - 1),
+        warmup_steps=min(math.ceil(args.warmup_ratio * total), total - 1),
         max_grad_norm=MAX_GRAD_NORM,
         fp16=precision == "fp16",
         bf16=precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
-        save_steps=math.ceil(steps["total"] / 10),
+        save_steps=math.ceil(total / 10),
         save_total_limit=2,
         logging_steps=args.logging_steps,
         logging_nan_inf_filter=False,  # it would show 0.0 for NaN
@@ -660,14 +661,18 @@ def train(args, precision, model, head, rows, val_rows, pad_id, run, steps, chec
     trainer = ResponseTrainer(
         model=model,
         args=settings,
-        train_dataset=rows,
+        train_dataset=datasets.concatenate_datasets([rows, blanks]),
         eval_dataset=val_rows,
         data_collator=partial(collate, pad_id=pad_id),
     )
     trainer.head, trainer.model_accepts_loss_kwargs = head, True
     at_once = rows_per_step if args.auto_batch_size else args.batch_size
     trainer.room = at_once * max(len(ids) for ids in rows["input_ids"])
-    log = TrainingLog(trainer, run, steps["per_epoch"])
+    return trainer
+
+
+def train(trainer, log, checkpoint):
+    """Train, from a checkpoint if there is one, and return the state at the end; Ctrl-C and SIGTERM save first."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(log)
     signals = signal.SIGINT, signal.SIGTERM
@@ -677,7 +682,7 @@ def train(args, precision, model, head, rows, val_rows, pad_id, run, steps, chec
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
-    return trainer
+    return trainer.state
 
 
 def save_adapter(model, tokenizer, folder):
@@ -726,6 +731,16 @@ def choose_device(args):
     return device, args.precision
 
 
+def find_data(args):
+    """The training and the validation file (or None) that --dataset and --val-data name."""
+    source, val_source = Path(args.dataset), args.val_data
+    if source.is_dir():
+        held_out, source = source / "val.jsonl", source / "train.jsonl"
+        if held_out.is_file() and held_out.stat().st_size:
+            val_source = val_source or held_out
+    return source, val_source
+
+
 def encode_rows(records, tokenizer, frame, max_length, path):
     """Encode records into a Dataset of input_ids and labels, and say how many were kept, cut and dropped."""
     rows = datasets.Dataset.from_list(records).map(
@@ -751,7 +766,7 @@ def encode_rows(records, tokenizer, frame, max_length, path):
 
 
 def check_output(args):
-    """Refuse an output folder that can't be written or holds a run that no flag gives up."""
+    """The output folder; refuses one that can't be written or holds a run that no flag gives up."""
     folder = Path(args.output)
     unfinished = any(folder.glob("checkpoint-*"))
     finished = (folder / "adapter_model.safetensors").exists() and not unfinished
@@ -762,6 +777,7 @@ def check_output(args):
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         stop(f"can't write to {nearest}; choose another --output")
+    return folder
 
 
 def show_example(row, tokenizer):
@@ -770,6 +786,21 @@ def show_example(row, tokenizer):
     for title, ids in ("reads", row["input_ids"][: -len(written)]), ("learns to write", written):
         say(f"the model {title}:")
         say(textwrap.indent(textwrap.shorten(tokenizer.decode(ids), 400), "    "))
+
+
+def write_config(args, precision, run, model, rows, source, result):
+    """Write training_config.json: what was asked, what it was done with, and what came of it."""
+    packages = "torch transformers peft accelerate bitsandbytes datasets".split()
+    config = {
+        "arguments": vars(args) | {"precision": precision},
+        "base_fingerprint": fingerprint(model),
+        "data": {"path": str(source), "sha256": run["dataset"], "rows": rows},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {name: version(name) for name in packages},
+        "result": result,
+    }
+    config = json.dumps(config, indent=2, ensure_ascii=False)
+    write_whole(Path(args.output, "training_config.json"), config + "\n")
 
 
 def main(argv=None):
@@ -781,55 +812,42 @@ def main(argv=None):
         transformers.logging.disable_progress_bar()
         datasets.disable_progress_bars()
 
-    source, val_source = Path(args.dataset), args.val_data
-    if source.is_dir():
-        held_out, source = source / "val.jsonl", source / "train.jsonl"
-        if held_out.is_file() and held_out.stat().st_size:
-            val_source = val_source or held_out
-    records = read_jsonl(source)
-    val_records = read_jsonl(val_source) if val_source else []
-    check_output(args)
-
+    source, val_source = find_data(args)
+    records, val_records = read_jsonl(source), read_jsonl(val_source) if val_source else None
+    folder = check_output(args)
     device, precision = choose_device(args)
     tokenizer = pretrained(AutoTokenizer, args.model)
-    frame = chat_frame(tokenizer)
-    rows = encode_rows(records, tokenizer, frame, args.max_seq_length, source)
-    val_rows = None
-    if val_records:
-        val_rows = encode_rows(val_records, tokenizer, frame, args.max_seq_length, val_source)
+    frame, limit = chat_frame(tokenizer), args.max_seq_length
+    rows = encode_rows(records, tokenizer, frame, limit, source)
+    val_rows = val_records and encode_rows(val_records, tokenizer, frame, limit, val_source)
     rows_per_step = args.batch_size * args.gradient_accumulation_steps * WORLD_SIZE
     per_epoch = math.ceil(len(rows) / rows_per_step)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.epochs * per_epoch)
-    steps = {"per_epoch": per_epoch, "total": total}
     run = {name: getattr(args, name) for name in DECISIVE}
     run |= {"precision": precision, "dataset": sha256(source)}
 
-    model, head = load_model(args, device, precision)
+    base = load_base(args.model, device, precision, args.load_in_4bit)
+    head = take_head(base)
+    model = put_adapter(base, args)
     trained, parameters = model.get_nb_trainable_parameters()
     say(f"model       {args.model}, {memory_mib():,} MiB")
     say(f"adapter     {trained:,} parameters are trained, {trained / parameters:.2%} of all")
     say(f"training    {total:,} steps of {rows_per_step} rows ({per_epoch:,} steps an epoch)")
     show_example(rows[0], tokenizer)
 
-    # rows without a label make all steps whole, whatever splits them
-    blanks = -len(rows) % rows_per_step
-    blanks = {"input_ids": [[tokenizer.pad_token_id]] * blanks, "labels": [[-100]] * blanks}
-    blanks = datasets.Dataset.from_dict(blanks, features=rows.features)
-    padded = datasets.concatenate_datasets([rows, blanks])
-    whole = find_checkpoint(Path(args.output), run) if args.resume else None
-    for path in Path(args.output).glob("checkpoint-*") if RANK == 0 else []:
+    whole = find_checkpoint(folder, run) if args.resume else None
+    for path in folder.glob("checkpoint-*") if RANK == 0 else []:
         if path != whole:
             shutil.rmtree(path)
-    pad_id = tokenizer.pad_token_id
     try:
-        trainer = train(args, precision, model, head, padded, val_rows, pad_id, run, steps, whole)
-        if RANK == 0 and trainer.state.global_step == total:
-            save_adapter(model, tokenizer, Path(args.output))
+        trainer = make_trainer(args, precision, model, head, rows, val_rows, tokenizer, total)
+        state = train(trainer, TrainingLog(trainer, run, per_epoch), whole)
+        if RANK == 0 and state.global_step == total:
+            save_adapter(model, tokenizer, folder)
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise  # torch.save says by that name that a file could not be written
-        stop(f"can't write to {args.output} ({str(error)[:80]}); free space, then --resume goes on")
-    folder, state = Path(args.output), trainer.state
+        stop(f"can't write to {folder} ({str(error)[:80]}); free space, then --resume goes on")
     if state.global_step < total:
         done = f"stopped after step {state.global_step} of {total}"
         sys.exit(f"{done}; the same command with --resume goes on")
@@ -838,17 +856,7 @@ def main(argv=None):
     for entry in state.log_history:  # the last of each stays
         result |= {key: entry[key] for key in ("loss", "eval_loss") if key in entry}
     if RANK == 0:
-        packages = "torch transformers peft accelerate bitsandbytes datasets".split()
-        config = {
-            "arguments": vars(args) | {"precision": precision},
-            "base_fingerprint": fingerprint(model),
-            "data": {"path": str(source), "sha256": run["dataset"], "rows": len(rows)},
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "versions": {name: version(name) for name in packages},
-            "result": result,
-        }
-        config = json.dumps(config, indent=2, ensure_ascii=False)
-        write_whole(folder / "training_config.json", config + "\n")
+        write_config(args, precision, run, model, len(rows), source, result)
         for path in folder.glob("checkpoint-*"):
             shutil.rmtree(path)
     say(f"next: python evaluate.py --adapter {folder} --val-data {val_source or 'FILE.jsonl'}")

@@ -304,17 +304,17 @@ def reference_steps(tiny_models):
 def one_step(monkeypatch, arguments):
     """Run one optimizer step; returns its loss, its gradients and the adapter it began with."""
     losses, gradients, weights = [], {}, {}
-    load_model, compute_loss = lf.load_model, lf.ResponseTrainer.compute_loss
+    put_adapter, compute_loss = lf.put_adapter, lf.ResponseTrainer.compute_loss
 
-    def load(*args, **kwargs):
-        model, head = load_model(*args, **kwargs)
+    def put(*args, **kwargs):
+        model = put_adapter(*args, **kwargs)
         generator = torch.Generator().manual_seed(3)
         for name, weight in model.named_parameters():
             if "lora_B" in name:  # zero in a fresh adapter, and then lora_A has no gradient
                 weight.data = 0.05 * torch.randn(weight.shape, generator=generator)
         state = peft.get_peft_model_state_dict(model)
         weights.update({name: weight.detach().clone() for name, weight in state.items()})
-        return model, head
+        return model
 
     def compute(*args, **kwargs):
         loss = compute_loss(*args, **kwargs)
@@ -326,7 +326,7 @@ def one_step(monkeypatch, arguments):
             if weight.requires_grad:
                 gradients[name] = weight.grad.detach().clone()
 
-    monkeypatch.setattr(lf, "load_model", load)
+    monkeypatch.setattr(lf, "put_adapter", put)
     monkeypatch.setattr(lf, "MAX_GRAD_NORM", 1e9)
     monkeypatch.setattr(lf.ResponseTrainer, "compute_loss", compute)
     monkeypatch.setattr(lf.TrainingLog, "on_pre_optimizer_step", catch, raising=False)
