@@ -62,8 +62,8 @@ EPOCHS = 3.0  # passes over the data
 MAX_STEPS = -1  # optimizer steps instead of epochs, -1: off; 5 gives a quick look
 LEARNING_RATE = 2e-4  # peak; cosine schedule down to 0
 WARMUP_RATIO = 0.03  # share of the steps on which the rate rises
-BATCH_SIZE = 4  # rows at once on each device (micro-batch)
-GRADIENT_ACCUMULATION_STEPS = 4  # micro-batches a step: 4 x 4 = 16 rows a step
+BATCH_SIZE = 4  # longest rows at once on each device; of shorter ones as many as take no more room
+GRADIENT_ACCUMULATION_STEPS = 4  # times that: 4 x 4 = 16 rows a step
 GRADIENT_CHECKPOINTING = True  # recompute activations: less memory, a third slower
 AUTO_BATCH_SIZE = False  # largest micro-batch that fits, same rows a step
 COMPILE = False  # fuse kernels: a minute at the start, faster steps
@@ -135,12 +135,12 @@ def parse_args(argv=None):
     add("--max-steps", type=number(int, -1), default=MAX_STEPS, help="instead of epochs; -1: off")
     add("--learning-rate", type=number(float, 1e-9, 1), default=LEARNING_RATE, help="at its peak")
     add("--warmup-ratio", type=number(float, 0, 1), default=WARMUP_RATIO, help="share of the steps")
-    add("--batch-size", type=number(int, 1, 4096), default=BATCH_SIZE, help="rows at once")
+    add("--batch-size", type=number(int, 1, 4096), default=BATCH_SIZE, help="longest rows at once")
     add(
         "--gradient-accumulation-steps",
         type=number(int, 1, 4096),
         default=GRADIENT_ACCUMULATION_STEPS,
-        help="micro-batches a step",
+        help="times --batch-size, the rows of a step",
     )
     add(
         "--gradient-checkpointing",

@@ -1,14 +1,16 @@
-"""Time lora_finetune.py beside the textbook QLoRA recipe (and TRL where installed) on the same rows.
+"""Time lora_finetune.py beside what users would pick instead, on the same rows, and print one table.
 
     python tests/benchmarks/train.py MODEL_DIR ROWS.jsonl [--steps 8] [--script-flags "--auto-batch-size"]
 
-Each runs in a process of its own, with batch 4 x 4 and the defaults of the script; printed are tokens/s
-after the first two steps (padding not counted), the median step and, on a GPU, the peak of allocated memory.
+textbook: prepare_model_for_kbit_training and Trainer. trl, unsloth: their trainers at their defaults, where installed.
+script: lora_finetune.py unchanged. Each runs in a process of its own with 16 rows a step (4 x 4), at most 512 tokens a row,
+rank 16 on q_proj and v_proj. Printed are real tokens/s after the first two steps, the median step and, on a GPU, the peak
+of allocated memory while training and the device-busy time a step (from a second run: tracing slows the host).
 """
 
 import argparse
+import importlib.util
 import json
-import os
 import runpy
 import shlex
 import subprocess
@@ -18,40 +20,146 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
 
 
-def run_one(name, args):
-    """Train in this process with a clock on Trainer, and print one line of JSON."""
+def put_clock_on_trainer(trace):
+    """Have every Trainer count tokens and time its steps; returns the figures, filled in while it trains."""
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer
 
     gpu = torch.cuda.is_available()
-    times, tokens = [], []
-    plain_step, plain_init = Trainer.training_step, Trainer.__init__
+    figures = {"times": [], "tokens": [], "peak": None, "busy": None}
 
     class Clock(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            if gpu:
+                torch.cuda.reset_peak_memory_stats()
+            self.trace = torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CUDA] if gpu else None
+            )
+            if trace:
+                self.trace.start()
+
         def on_step_begin(self, *_, **__):
-            tokens.append(0)
             self.began = time.perf_counter()
 
         def on_step_end(self, *_, **__):
             if gpu:
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - self.began)
+            figures["times"].append(time.perf_counter() - self.began)
 
-    def step(self, model, inputs, *rest, **kwargs):
-        pad = tokenizer.pad_token_id
-        tokens[-1] += int((inputs["input_ids"] != pad).sum())
-        return plain_step(self, model, inputs, *rest, **kwargs)
+        def on_train_end(self, *_, **__):
+            if gpu:
+                figures["peak"] = torch.cuda.max_memory_allocated() >> 20
+            if trace:
+                self.trace.stop()
+                busy = sum(event.self_device_time_total for event in self.trace.key_averages())
+                figures["busy"] = busy / 1e3 / len(figures["times"])
 
-    def init(self, *rest, **kwargs):
-        plain_init(self, *rest, **kwargs)
+    plain = transformers.Trainer.__init__
+
+    def init(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
         self.add_callback(Clock())
+        inner = self.data_collator
 
-    Trainer.training_step, Trainer.__init__ = step, init
+        def counting(rows):
+            figures["tokens"].append(sum(len(row["input_ids"]) for row in rows))
+            return inner(rows)
+
+        self.data_collator = counting
+
+    transformers.Trainer.__init__ = init
+    return figures
+
+
+def train_peer(name, args, output):
+    """Train with one of the peers, on the rows as their users would pass them."""
+    if name == "unsloth":
+        from unsloth import FastLanguageModel  # first: it changes transformers
+    import torch
+    import transformers
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    gpu = torch.cuda.is_available()
+    dtype = torch.float16 if gpu else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    rows = []
+    for line in open(args.rows, encoding="utf-8"):
+        record = json.loads(line)
+        question = "\n\n".join(filter(None, (record["instruction"], record["input"])))
+        chat = [{"role": "user", "content": question}]
+        chat.append({"role": "assistant", "content": record["output"]})
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        rows.append({"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"][:512]})
+    common = {
+        "output_dir": output,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "max_steps": args.steps,
+        "learning_rate": 2e-4,
+        "fp16": gpu,
+        "use_cpu": not gpu,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    checkpointing = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }
+    load = {
+        "dtype": dtype,
+        "device_map": {"": 0 if gpu else "cpu"},
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+    }
+    if name == "textbook":
+        model = AutoModelForCausalLM.from_pretrained(args.model, **load)
+        kwargs = checkpointing["gradient_checkpointing_kwargs"]
+        model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=kwargs)
+        model = get_peft_model(model, LoraConfig(**LORA, task_type="CAUSAL_LM"))
+        settings = transformers.TrainingArguments(**common, **checkpointing)
+        collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        trainer = transformers.Trainer(model, settings, collator, Dataset.from_list(rows))
+    else:
+        from trl import SFTConfig, SFTTrainer
+
+        if name == "trl":
+            settings = SFTConfig(**common, **checkpointing, max_length=512, model_init_kwargs=load)
+            lora = {"peft_config": LoraConfig(**LORA, task_type="CAUSAL_LM")}
+            model = args.model
+        else:
+            settings, lora = SFTConfig(**common, max_length=512), {}
+            model, _ = FastLanguageModel.from_pretrained(
+                args.model, max_seq_length=512, dtype=dtype, load_in_4bit=True
+            )
+            model = FastLanguageModel.get_peft_model(
+                model, **LORA, bias="none", use_gradient_checkpointing="unsloth"
+            )
+        trainer = SFTTrainer(
+            model,
+            settings,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            **lora,
+        )
+    trainer.train()
+
+
+def run_one(name, args):
+    """Train in this process with a clock on Trainer, and print one line of JSON."""
+    if name == "unsloth":
+        import unsloth  # noqa: F401  first: it changes transformers
+    figures = put_clock_on_trainer(args.trace)
     with tempfile.TemporaryDirectory() as output:
         if name == "script":
             flags = ["--model", args.model, "--dataset", args.rows, "--output", output]
@@ -59,79 +167,21 @@ def run_one(name, args):
             sys.argv = ["lora_finetune.py", *flags]
             runpy.run_path(str(ROOT / "lora_finetune.py"), run_name="__main__")
         else:
-            from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+            train_peer(name, args, output)
+    times, skip = figures["times"], 2 if args.steps > 4 else 0
+    batches = 1 if name == "script" else 4  # collated a step
+    tokens = figures["tokens"][skip * batches : args.steps * batches]
+    figures |= {"speed": sum(tokens) / sum(times[skip:]), "step": sorted(times)[len(times) // 2]}
+    print("RESULT " + json.dumps(figures))
 
-            dtype = torch.float16 if gpu else torch.float32
-            nf4 = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            )
-            model = AutoModelForCausalLM.from_pretrained(
-                args.model,
-                quantization_config=nf4,
-                dtype=dtype,
-                device_map={"": 0 if gpu else "cpu"},
-            )
-            kwargs = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-            model = prepare_model_for_kbit_training(model, **kwargs)
-            lora = LoraConfig(
-                r=16,
-                lora_alpha=32,
-                lora_dropout=0.05,
-                target_modules=["q_proj", "v_proj"],
-                task_type="CAUSAL_LM",
-            )
-            model = get_peft_model(model, lora)
-            rows = []
-            for line in open(args.rows, encoding="utf-8"):
-                record = json.loads(line)
-                question = "\n\n".join(filter(None, (record["instruction"], record["input"])))
-                chat = [
-                    {"role": "user", "content": question},
-                    {"role": "assistant", "content": record["output"]},
-                ]
-                text = tokenizer.apply_chat_template(chat, tokenize=False)
-                rows.append(
-                    tokenizer(text, add_special_tokens=False, truncation=True, max_length=512)[
-                        "input_ids"
-                    ]
-                )
 
-            def collate(batch):
-                longest = max(map(len, batch))
-                grid = [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids in batch]
-                mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in batch]
-                labels = [ids + [-100] * (longest - len(ids)) for ids in batch]
-                names = ("input_ids", "attention_mask", "labels")
-                return dict(zip(names, map(torch.tensor, (grid, mask, labels)), strict=True))
-
-            settings = transformers.TrainingArguments(
-                output,
-                per_device_train_batch_size=4,
-                gradient_accumulation_steps=4,
-                max_steps=args.steps,
-                learning_rate=2e-4,
-                fp16=gpu,
-                use_cpu=not gpu,
-                save_strategy="no",
-                report_to="none",
-                remove_unused_columns=False,
-                disable_tqdm=True,
-            )
-            Trainer(model=model, args=settings, train_dataset=rows, data_collator=collate).train()
-    skip = 2 if len(times) > 4 else 0
-    print(
-        "RESULT "
-        + json.dumps(
-            {
-                "tokens_s": sum(tokens[skip:]) / sum(times[skip:]),
-                "step_s": sorted(times)[len(times) // 2],
-                "peak_mib": torch.cuda.max_memory_allocated() >> 20 if gpu else None,
-            }
-        )
-    )
+def measure(name, *more):
+    """Run this file anew for one implementation: its figures, or the last line of its error."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", name, *more]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "RESULT" in done.stdout:
+        return json.loads(done.stdout.split("RESULT")[1].splitlines()[0])
+    return (done.stderr.strip().splitlines() or ["no output"])[-1]
 
 
 parser = argparse.ArgumentParser(
@@ -142,17 +192,24 @@ parser.add_argument("rows")
 parser.add_argument("--steps", type=int, default=8)
 parser.add_argument("--script-flags", default="")
 parser.add_argument("--one", help=argparse.SUPPRESS)
+parser.add_argument("--trace", action="store_true", help=argparse.SUPPRESS)
 args = parser.parse_args()
 if args.one:
     run_one(args.one, args)
-else:
-    print(f"{'':<10} {'tokens/s':>9} {'s a step':>9} {'peak MiB':>9}")
-    for name in ("textbook", "script"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-        if "RESULT" not in done.stdout:
-            sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
-        result = json.loads(done.stdout.split("RESULT")[1])
-        print(
-            f"{name:<10} {result['tokens_s']:>9,.0f} {result['step_s']:>9.2f} {result['peak_mib'] or '':>9}"
-        )
+    sys.exit()
+print(
+    f"{'':<10} {'tokens/s':>9} {'s a step':>9} {'peak MiB':>9} {'busy ms a step':>15}", flush=True
+)
+for name in ("textbook", "trl", "unsloth", "script"):
+    if name in ("trl", "unsloth") and not importlib.util.find_spec(name):
+        continue
+    result = measure(name)
+    if isinstance(result, str):
+        print(f"{name:<10} failed: {result[:120]}", flush=True)
+        continue
+    busy = measure(name, "--trace")["busy"] if result["peak"] else None
+    print(
+        f"{name:<10} {result['speed']:>9,.0f} {result['step']:>9.2f} {result['peak'] or '':>9} "
+        f"{round(busy, 1) if busy else '':>15}",
+        flush=True,
+    )
