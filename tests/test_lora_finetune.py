@@ -914,9 +914,8 @@ def test_phi_trains_with_a_template_and_without(tiny_models, data, tmp_path, tem
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
 
 
-def test_no_four_bit_layer_repacks_its_weights_for_bf16(tiny, data, tmp_path):
-    args = lf.parse_args(flags(tiny, data, tmp_path / "out", "--load-in-4bit"))
-    model, _ = lf.load_model(args, "cpu", "fp32")
+def test_no_four_bit_layer_repacks_its_weights_for_bf16(tiny):
+    model = lf.load_base(str(tiny), "cpu", "fp32", True)
     layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
     assert len(layers) == 2 * 7
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
