@@ -40,6 +40,7 @@ STRICT = False  # True: refuse the whole file if any row is unusable
 # ---------------------------------------------------------------------------------------------
 
 FIELDS = ("instruction", "input", "output")
+LINE = '{"instruction": %s, "input": %s, "output": %s}\n'  # of train.jsonl and val.jsonl
 DELIMITERS = {",": ",", ";": ";", "tab": "\t", "|": "|"}
 BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
@@ -206,14 +207,23 @@ def clean_record(raw):
 
 def fold(text):
     """Text as compared: Unicode NFC, without regard to case and white space."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
-    return " ".join(text.casefold().split())
+    text = unicodedata.normalize("NFC", text).casefold()
+    if text.isprintable() and "  " not in text:
+        return text.strip()  # most text: single blanks are its only white space, nothing to split
+    return " ".join(text.split())
 
 
-def digest(text):
-    """16 bytes that stand for a text: two of a million texts share them with probability 1e-27."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def question_key(record):
+    """Return what stands for a record's question, what for the whole record, and its length in words.
+
+    Both keys are 16 bytes: two of a million texts share them with probability 1e-27.
+    """
+    question = fold(record["instruction"]) + "\0" + fold(record["input"])
+    answer = fold(record["output"])
+    digest = hashlib.blake2b(question.encode(), digest_size=16)
+    key = digest.digest()
+    digest.update(b"\0" + answer.encode())
+    return key, digest.digest(), question.count(" ") + answer.count(" ") + 2
 
 
 def split_rows(keys, share, seed):
@@ -252,7 +262,7 @@ def write_files(folder, files):
             for leftover in folder.glob(f".{name}.*"):  # of a run that was killed
                 leftover.unlink()
         for path, aside in new.items():
-            with open(aside, "wb") as file:
+            with open(aside, "wb", buffering=2**20) as file:
                 file.writelines(files[path.name])
                 file.flush()
                 os.fsync(file.fileno())
@@ -292,8 +302,7 @@ def main(argv=None):
     columns = {name.strip().casefold(): field for field, name in names.items()}
     if len(columns) < len(FIELDS):
         sys.exit("error: --columns: one column stands for two fields; name another")
-    lines, keys, lengths, rejected = [], [], [], []
-    known, answers, reasons = set(), Counter(), Counter()
+    lines, keys, lengths, rejected, known = [], [], [], [], set()
     as_json = json.JSONEncoder(ensure_ascii=False).encode
     read = 0
     try:
@@ -305,19 +314,15 @@ def main(argv=None):
                 read += 1
                 record = reason or clean_record(raw)
                 if isinstance(record, str):
-                    reasons[record] += 1
                     rejected.append({"row": number, "reason": record, "raw": raw})
                     continue
-                question = fold(record["instruction"]) + "\0" + fold(record["input"])
-                answer = fold(record["output"])
-                key, whole = digest(question), digest(question + "\0" + answer)
+                key, whole, words = question_key(record)
                 if whole in known:
                     continue
                 known.add(whole)
-                answers[key] += 1
                 keys.append(key)
-                lengths.append(question.count(" ") + answer.count(" ") + 2)
-                lines.append(as_json(record).encode() + b"\n")
+                lengths.append(words)
+                lines.append((LINE % tuple(map(as_json, record.values()))).encode())
     except UnicodeError:
         sys.exit(
             f"error: {source}: not {args.encoding} text; name its --encoding, e.g. windows-1252 or utf-16"
@@ -325,6 +330,7 @@ def main(argv=None):
     except (OSError, EOFError, ValueError, LookupError, RecursionError, zlib.error) as error:
         sys.exit(f"error: {source}: {error}")
 
+    reasons = Counter(row["reason"] for row in rejected)
     complaint = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
     if rejected and args.strict:
         first = rejected[0]["row"]
@@ -344,28 +350,23 @@ def main(argv=None):
     }
     write_files(folder, files)
     lengths.sort()
-    counts = {
-        "read": read,
-        "rejected": len(rejected),
-        "duplicates": read - len(rejected) - len(lines),
-        "conflicts": sum(count for count in answers.values() if count > 1),
-        "train": len(files["train.jsonl"]),
-        "val": len(files["val.jsonl"]),
+    report = {
+        "read": (read, f"<- {source}"),
+        "rejected": (len(rejected), f"-> {folder / 'rejected.jsonl'} ({complaint or 'none'})"),
+        "duplicates": (read - len(rejected) - len(lines), "of another row, left out"),
+        "conflicts": (
+            sum(count for count in Counter(keys).values() if count > 1),
+            "ask the same and answer differently",
+        ),
+        "train": (len(files["train.jsonl"]), f"-> {folder / 'train.jsonl'}"),
+        "val": (len(files["val.jsonl"]), f"-> {folder / 'val.jsonl'}"),
     }
-    notes = {
-        "read": f"<- {source}",
-        "rejected": f"-> {folder / 'rejected.jsonl'} ({complaint or 'none'})",
-        "duplicates": "of another row, left out",
-        "conflicts": "ask the same and answer differently",
-        "train": f"-> {folder / 'train.jsonl'}",
-        "val": f"-> {folder / 'val.jsonl'}",
-    }
-    for name, count in counts.items():
-        print(f"{name:<10} {count:>9,} rows {notes[name]}")
+    for name, (count, note) in report.items():
+        print(f"{name:<10} {count:>9,} rows {note}")
     median, p95 = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
     print(f"length     median {median:,}, p95 {p95:,}, max {lengths[-1]:,} words a row")
     print(f"next: python lora_finetune.py --dataset {folder}")
-    return counts
+    return {name: count for name, (count, _) in report.items()}
 
 
 if __name__ == "__main__":
