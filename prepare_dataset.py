@@ -105,6 +105,14 @@ def open_text(path, encoding):
     return opener(path, "rt", encoding=encoding, newline="")
 
 
+def collect(pairs):
+    """Return a dict of (key, value) pairs; a key that comes twice keeps its values in a list, which is no text."""
+    found = {}
+    for key, value in pairs:
+        found[key] = [found[key], value] if key in found else value
+    return found
+
+
 def read_rows(text, kind, columns, delimiter):
     """Yield (row number, raw row, what is wrong with its form or "") for each row of an open file.
 
@@ -116,7 +124,8 @@ def read_rows(text, kind, columns, delimiter):
         yield from read_csv(text, columns, delimiter)
         return
     # numbers stay as they are written: 1e5 comes out as "1e5", not as 100000.0
-    decoder = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str)
+    as_written = dict(parse_float=str, parse_int=str, parse_constant=str)
+    decoder = json.JSONDecoder(object_pairs_hook=collect, **as_written)
     if kind == "jsonl":
         items = ((number, line) for number, line in enumerate(text, 1) if line.strip())
     else:
@@ -138,7 +147,7 @@ def read_rows(text, kind, columns, delimiter):
             yield number, item, "not an object"
             continue
         folded = ((key.strip().casefold(), value) for key, value in item.items())
-        yield number, {columns[key]: value for key, value in folded if key in columns}, ""
+        yield number, collect((columns[key], value) for key, value in folded if key in columns), ""
 
 
 def read_csv(text, columns, delimiter):
@@ -249,13 +258,14 @@ def split_rows(keys, share, seed):
 
 
 def write_files(folder, files):
-    """Write {name: lines as bytes} into folder, all or none.
+    """Write {name: lines as bytes} into folder, all or none; train.jsonl is the last of them.
 
-    The new files are written aside and moved into place at the end; the old ones stay linked aside
-    until then, and come back if a move fails.
+    The new files are written aside, the old ones moved aside, the new ones moved into place; a failure
+    or Ctrl-C brings the old ones back. A kill between two moves leaves a folder without train.jsonl,
+    which goes first and comes last: no training on new rows beside old ones.
     """
     new = {folder / name: folder / f".{name}.{os.getpid()}" for name in files}
-    old = {path: aside.with_suffix(".old") for path, aside in new.items()}
+    old = {path: new[path].with_suffix(".old") for path in new if os.path.isfile(path)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in files:
@@ -266,19 +276,22 @@ def write_files(folder, files):
                 file.writelines(files[path.name])
                 file.flush()
                 os.fsync(file.fileno())
-            if path.exists():
-                os.link(path, old[path])
+        for path, aside in reversed(old.items()):
+            os.rename(path, aside)
         for path, aside in new.items():
             os.replace(aside, path)
-    except OSError as error:
-        for path, aside in old.items():
+    except BaseException as error:
+        for path, aside in new.items():
             with contextlib.suppress(OSError):
-                os.rename(aside, path)
-        sys.exit(f"error: can't write {folder}: {error.strerror}; what stood there is unchanged")
-    finally:
-        for aside in (*new.values(), *old.values()):
+                os.replace(old[path], path) if path in old else path.unlink()
             with contextlib.suppress(OSError):
                 aside.unlink()
+        if not isinstance(error, OSError):
+            raise
+        sys.exit(f"error: can't write {folder}: {error.strerror}; what stood there is unchanged")
+    for aside in old.values():
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def main(argv=None):
@@ -344,9 +357,9 @@ def main(argv=None):
 
     held_out = split_rows(keys, args.val_split, args.seed)
     files = {
-        "train.jsonl": [line for line, val in zip(lines, held_out) if not val],
-        "val.jsonl": [line for line, val in zip(lines, held_out) if val],
         "rejected.jsonl": [json.dumps(row).encode() + b"\n" for row in rejected],
+        "val.jsonl": [line for line, val in zip(lines, held_out) if val],
+        "train.jsonl": [line for line, val in zip(lines, held_out) if not val],
     }
     write_files(folder, files)
     lengths.sort()
