@@ -13,7 +13,6 @@ import codecs
 import contextlib
 import csv
 import gzip
-import hashlib
 import itertools
 import json
 import os
@@ -21,6 +20,7 @@ import sys
 import unicodedata
 import zlib
 from collections import Counter
+from hashlib import blake2b
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -41,6 +41,7 @@ STRICT = False  # True: refuse the whole file if any row is unusable
 
 FIELDS = ("instruction", "input", "output")
 LINE = '{"instruction": %s, "input": %s, "output": %s}\n'  # of train.jsonl and val.jsonl
+NAMES = ("rejected.jsonl", "val.jsonl", "train.jsonl")  # train.jsonl last: see write_files
 DELIMITERS = {",": ",", ";": ";", "tab": "\t", "|": "|"}
 BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
@@ -65,14 +66,14 @@ def parse_args(argv=None):
         formatter_class=Help,
         allow_abbrev=False,
     )
-    delimiters, switch = ["auto", *DELIMITERS], argparse.BooleanOptionalAction
+    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--input", default=INPUT, help="file to read")
     add("--output", default=OUTPUT, help="folder to write")
     names = "other column names, such as instruction=question output=answer"
     add("--columns", nargs="+", default=COLUMNS, metavar="FIELD=COLUMN", help=names)
     add("--encoding", default=ENCODING, help="of the input, such as windows-1252")
-    add("--delimiter", default=DELIMITER, choices=delimiters, help="of a CSV")
+    add("--delimiter", default=DELIMITER, choices=["auto", *DELIMITERS], help="of a CSV")
     add = parser.add_argument_group("split").add_argument
     add("--val-split", type=float, default=VAL_SPLIT, help="share of rows held out, 0 up to 1")
     add("--seed", type=int, default=SEED, help="same seed, same split")
@@ -83,9 +84,7 @@ def parse_args(argv=None):
     for pair in args.columns:
         field, _, column = pair.partition("=")
         if field not in FIELDS or not column.strip():
-            parser.error(
-                f"--columns {pair}: must be FIELD=COLUMN with FIELD one of {', '.join(FIELDS)}"
-            )
+            parser.error(f"--columns {pair}: not FIELD=COLUMN, FIELD one of {', '.join(FIELDS)}")
     try:
         codecs.lookup(args.encoding)
     except LookupError:
@@ -99,14 +98,12 @@ def open_text(path, encoding):
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     with opener(path, "rb") as file:
         start = file.read(4)
-    encoding = next(
-        (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), encoding
-    )
-    return opener(path, "rt", encoding=encoding, newline="")
+    marked = [name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)]
+    return opener(path, "rt", encoding=marked[0] if marked else encoding, newline="")
 
 
 def collect(pairs):
-    """Return a dict of (key, value) pairs; a key that comes twice keeps its values in a list, which is no text."""
+    """Return a dict of (key, value) pairs; the values of a key that comes twice go into a list."""
     found = {}
     for key, value in pairs:
         found[key] = [found[key], value] if key in found else value
@@ -137,14 +134,14 @@ def read_rows(text, kind, columns, delimiter):
             raise ValueError('must be a list of objects, [{"instruction": ...}, ...]')
         items = enumerate(rows, 1)
     for number, item in items:
+        reason = "not an object"
         if kind == "jsonl":
             try:
                 item = decoder.decode(item.strip())
             except (json.JSONDecodeError, RecursionError):
-                yield number, item, "not valid JSON"
-                continue
+                reason = "not valid JSON"
         if not isinstance(item, dict):
-            yield number, item, "not an object"
+            yield number, item, reason
             continue
         folded = ((key.strip().casefold(), value) for key, value in item.items())
         yield number, collect((columns[key], value) for key, value in folded if key in columns), ""
@@ -163,9 +160,8 @@ def read_csv(text, columns, delimiter):
             break
     else:
         wanted = " and ".join(f'"{name}"' for name, field in columns.items() if field != "input")
-        raise ValueError(
-            f"no columns {wanted} in its first line, {first.strip()[:80]!r}; name them with --columns"
-        )
+        start = first.strip()[:80]
+        raise ValueError(f"no columns {wanted} in its first line, {start!r}; see --columns")
     for field in FIELDS:
         if fields.count(field) > 1:
             raise ValueError(f"two columns stand for {field}; rename one in the file")
@@ -176,9 +172,7 @@ def read_csv(text, columns, delimiter):
             cells = next(reader, None)
         except csv.Error as error:
             if "end of data" in str(error):
-                raise ValueError(
-                    f"row {number}: its quoted text never ends; close the quote"
-                ) from None
+                raise ValueError(f"row {number}: a quote is never closed; close it") from None
             yield number, None, "broken quotes"
             continue
         if cells is None:
@@ -194,24 +188,19 @@ def clean_record(raw):
     record = {}
     for field in FIELDS:
         value = raw.get(field)
-        if isinstance(value, bool):
-            value = "true" if value else "false"
-        elif value is None:
+        if value is None:
             value = ""
+        elif isinstance(value, bool):
+            value = "true" if value else "false"
         elif not isinstance(value, str):
             return f"{field} is not text"
         if "\0" in value:
             return f"{field} has a NUL character"
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                return f"{field} has a lone surrogate"
+        if value.encode(errors="ignore").decode() != value:
+            return f"{field} has a lone surrogate"
         record[field] = value.strip()
-    for field in ("instruction", "output"):
-        if not record[field]:
-            return f"no {field}"
-    return record
+    missing = [field for field in ("instruction", "output") if not record[field]]
+    return f"no {missing[0]}" if missing else record
 
 
 def fold(text):
@@ -229,7 +218,7 @@ def question_key(record):
     """
     question = fold(record["instruction"]) + "\0" + fold(record["input"])
     answer = fold(record["output"])
-    digest = hashlib.blake2b(question.encode(), digest_size=16)
+    digest = blake2b(question.encode(), digest_size=16)
     key = digest.digest()
     digest.update(b"\0" + answer.encode())
     return key, digest.digest(), question.count(" ") + answer.count(" ") + 2
@@ -242,10 +231,8 @@ def split_rows(keys, share, seed):
     and taken in that order where they fit into round(rows x share). With two keys or more and a share
     above 0, each side has at least one.
     """
-    groups = Counter(keys)
-    ranked = sorted(
-        groups, key=lambda key: hashlib.blake2b(b"%d:" % seed + key, digest_size=8).digest()
-    )
+    groups, salt = Counter(keys), b"%d:" % seed
+    ranked = sorted(groups, key=lambda key: blake2b(salt + key, digest_size=8).digest())
     room = round(len(keys) * share)
     held_out = set()
     for key in ranked[:-1]:
@@ -268,26 +255,23 @@ def write_files(folder, files):
     old = {path: new[path].with_suffix(".old") for path in new if os.path.isfile(path)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in files:
-            for leftover in folder.glob(f".{name}.*"):  # of a run that was killed
-                leftover.unlink()
-        for path, aside in new.items():
-            with open(aside, "wb", buffering=2**20) as file:
-                file.writelines(files[path.name])
-                file.flush()
-                os.fsync(file.fileno())
-        for path, aside in reversed(old.items()):
-            os.rename(path, aside)
-        for path, aside in new.items():
-            os.replace(aside, path)
-    except BaseException as error:
-        for path, aside in new.items():
-            with contextlib.suppress(OSError):
-                os.replace(old[path], path) if path in old else path.unlink()
-            with contextlib.suppress(OSError):
-                aside.unlink()
-        if not isinstance(error, OSError):
-            raise
+        for leftover in [path for name in files for path in folder.glob(f".{name}.*")]:
+            leftover.unlink()  # of a run that was killed
+        with contextlib.ExitStack() as undo:  # what was done is undone, last first, if a step fails
+            for path, aside in new.items():
+                undo.callback(aside.unlink, missing_ok=True)
+                with open(aside, "wb", buffering=2**20) as file:
+                    file.writelines(files[path.name])
+                    file.flush()
+                    os.fsync(file.fileno())
+            for path, aside in reversed(old.items()):
+                os.rename(path, aside)
+                undo.callback(os.replace, aside, path)
+            for path, aside in new.items():
+                os.replace(aside, path)
+                undo.callback(path.unlink)
+            undo.pop_all()
+    except OSError as error:
         sys.exit(f"error: can't write {folder}: {error.strerror}; what stood there is unchanged")
     for aside in old.values():
         with contextlib.suppress(OSError):
@@ -301,14 +285,10 @@ def main(argv=None):
     if not os.path.isfile(source):
         sys.exit(f"error: {source}: no such file; --input takes a .csv, .tsv, .json or .jsonl file")
     if kind not in ("csv", "tsv", "json", "jsonl"):
-        sys.exit(
-            f"error: {source}: unknown kind of file; rename it to end in .csv, .tsv, .json or .jsonl"
-        )
+        sys.exit(f"error: {source}: unknown kind; its name must end in .csv, .tsv, .json or .jsonl")
     if os.path.exists(folder) and not folder.is_dir():
         sys.exit(f"error: {folder} is a file; --output takes a folder")
-    if source.resolve() in [
-        (folder / name).resolve() for name in ("train.jsonl", "val.jsonl", "rejected.jsonl")
-    ]:
+    if source.resolve() in [(folder / name).resolve() for name in NAMES]:
         sys.exit(f"error: {source} would be overwritten; choose another --output")
 
     names = {field: field for field in FIELDS} | dict(pair.split("=", 1) for pair in args.columns)
@@ -321,9 +301,8 @@ def main(argv=None):
     try:
         with open_text(source, args.encoding) as text:
             rows = read_rows(text, kind, columns, args.delimiter)
-            for number, raw, reason in tqdm(
-                rows, "reading", unit=" rows", disable=None, leave=False, delay=2
-            ):
+            shown = tqdm(rows, "reading", unit=" rows", disable=None, leave=False, delay=2)
+            for number, raw, reason in shown:
                 read += 1
                 record = reason or clean_record(raw)
                 if isinstance(record, str):
@@ -337,9 +316,7 @@ def main(argv=None):
                 lengths.append(words)
                 lines.append((LINE % tuple(map(as_json, record.values()))).encode())
     except UnicodeError:
-        sys.exit(
-            f"error: {source}: not {args.encoding} text; name its --encoding, e.g. windows-1252 or utf-16"
-        )
+        sys.exit(f"error: {source}: not {args.encoding} text; try --encoding windows-1252, utf-16")
     except (OSError, EOFError, ValueError, LookupError, RecursionError, zlib.error) as error:
         sys.exit(f"error: {source}: {error}")
 
@@ -347,13 +324,9 @@ def main(argv=None):
     complaint = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
     if rejected and args.strict:
         first = rejected[0]["row"]
-        sys.exit(
-            f"error: {source}: unusable rows ({complaint}), the first is row {first}; mend them or drop --strict"
-        )
+        sys.exit(f"error: {source}: {complaint}, first in row {first}; mend them or drop --strict")
     if not lines:
-        sys.exit(
-            f"error: {source}: no usable row ({complaint or 'it has none'}); see --columns for other names"
-        )
+        sys.exit(f"error: {source}: no usable row ({complaint or 'it is empty'}); see --columns")
 
     held_out = split_rows(keys, args.val_split, args.seed)
     files = {
@@ -363,14 +336,12 @@ def main(argv=None):
     }
     write_files(folder, files)
     lengths.sort()
+    conflicts = sum(count for count in Counter(keys).values() if count > 1)
     report = {
         "read": (read, f"<- {source}"),
         "rejected": (len(rejected), f"-> {folder / 'rejected.jsonl'} ({complaint or 'none'})"),
         "duplicates": (read - len(rejected) - len(lines), "of another row, left out"),
-        "conflicts": (
-            sum(count for count in Counter(keys).values() if count > 1),
-            "ask the same and answer differently",
-        ),
+        "conflicts": (conflicts, "ask the same and answer differently"),
         "train": (len(files["train.jsonl"]), f"-> {folder / 'train.jsonl'}"),
         "val": (len(files["val.jsonl"]), f"-> {folder / 'val.jsonl'}"),
     }

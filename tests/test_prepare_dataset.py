@@ -392,6 +392,12 @@ def test_the_same_question_with_another_input_is_another_question(tmp_path):
     assert (counts["duplicates"], counts["conflicts"]) == (0, 0)
 
 
+def test_the_same_letters_in_other_fields_are_another_row(tmp_path):
+    rows = [row("a", "b", "cd"), row("a", "bc", "d"), row("ab", "", "cd"), row("ab", "cd", "cd")]
+    counts, *_ = prepare(write(tmp_path / "rows.jsonl", rows), tmp_path / "out")
+    assert (counts["duplicates"], counts["conflicts"]) == (0, 0)
+
+
 def test_repeats_are_found_across_case_white_space_and_unicode_form(tmp_path):
     rows = [
         row("Où  est\nle Pod?", "Ä", "LÀ"),
