@@ -196,7 +196,7 @@ def clean_record(raw):
             return f"{field} is not text"
         if "\0" in value:
             return f"{field} has a NUL character"
-        if value.encode(errors="ignore").decode() != value:
+        if not value.isascii() and value.encode(errors="ignore").decode() != value:
             return f"{field} has a lone surrogate"
         record[field] = value.strip()
     missing = [field for field in ("instruction", "output") if not record[field]]
@@ -209,19 +209,6 @@ def fold(text):
     if text.isprintable() and "  " not in text:
         return text.strip()  # most text: single blanks are its only white space, nothing to split
     return " ".join(text.split())
-
-
-def question_key(record):
-    """Return what stands for a record's question, what for the whole record, and its length in words.
-
-    Both keys are 16 bytes: two of a million texts share them with probability 1e-27.
-    """
-    question = fold(record["instruction"]) + "\0" + fold(record["input"])
-    answer = fold(record["output"])
-    digest = blake2b(question.encode(), digest_size=16)
-    key = digest.digest()
-    digest.update(b"\0" + answer.encode())
-    return key, digest.digest(), question.count(" ") + answer.count(" ") + 2
 
 
 def split_rows(keys, share, seed):
@@ -308,12 +295,16 @@ def main(argv=None):
                 if isinstance(record, str):
                     rejected.append({"row": number, "reason": record, "raw": raw})
                     continue
-                key, whole, words = question_key(record)
-                if whole in known:
+                question = fold(record["instruction"]) + "\0" + fold(record["input"])
+                answer = fold(record["output"])
+                # two of a million questions share a key by chance with probability 1e-27
+                key = blake2b(question.encode(), digest_size=16).digest()
+                both = key, hash(answer)  # 64 bits do among the answers to one question
+                if both in known:
                     continue
-                known.add(whole)
+                known.add(both)
                 keys.append(key)
-                lengths.append(words)
+                lengths.append(question.count(" ") + answer.count(" ") + 2)
                 lines.append((LINE % tuple(map(as_json, record.values()))).encode())
     except UnicodeError:
         sys.exit(f"error: {source}: not {args.encoding} text; try --encoding windows-1252, utf-16")
