@@ -160,8 +160,7 @@ def read_csv(text, columns, delimiter):
             break
     else:
         wanted = " and ".join(f'"{name}"' for name, field in columns.items() if field != "input")
-        start = first.strip()[:80]
-        raise ValueError(f"no columns {wanted} in its first line, {start!r}; see --columns")
+        raise ValueError(f"no columns {wanted} in the first line {first[:80]!r}; see --columns")
     for field in FIELDS:
         if fields.count(field) > 1:
             raise ValueError(f"two columns stand for {field}; rename one in the file")
@@ -297,8 +296,7 @@ def main(argv=None):
                     continue
                 question = fold(record["instruction"]) + "\0" + fold(record["input"])
                 answer = fold(record["output"])
-                # two of a million questions share a key by chance with probability 1e-27
-                key = blake2b(question.encode(), digest_size=16).digest()
+                key = blake2b(question.encode(), digest_size=16).digest()  # alike by chance: 1e-27
                 both = key, hash(answer)  # 64 bits do among the answers to one question
                 if both in known:
                     continue
