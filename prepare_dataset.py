@@ -13,7 +13,6 @@ import codecs
 import contextlib
 import csv
 import gzip
-import hashlib
 import itertools
 import json
 import os
@@ -21,6 +20,7 @@ import sys
 import unicodedata
 import zlib
 from collections import Counter
+from hashlib import blake2b
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -40,6 +40,8 @@ STRICT = False  # True: refuse the whole file if any row is unusable
 # ---------------------------------------------------------------------------------------------
 
 FIELDS = ("instruction", "input", "output")
+LINE = '{"instruction": %s, "input": %s, "output": %s}\n'  # of train.jsonl and val.jsonl
+NAMES = ("rejected.jsonl", "val.jsonl", "train.jsonl")  # train.jsonl last: see write_files
 DELIMITERS = {",": ",", ";": ";", "tab": "\t", "|": "|"}
 BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
@@ -64,14 +66,14 @@ def parse_args(argv=None):
         formatter_class=Help,
         allow_abbrev=False,
     )
-    delimiters, switch = ["auto", *DELIMITERS], argparse.BooleanOptionalAction
+    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--input", default=INPUT, help="file to read")
     add("--output", default=OUTPUT, help="folder to write")
     names = "other column names, such as instruction=question output=answer"
     add("--columns", nargs="+", default=COLUMNS, metavar="FIELD=COLUMN", help=names)
     add("--encoding", default=ENCODING, help="of the input, such as windows-1252")
-    add("--delimiter", default=DELIMITER, choices=delimiters, help="of a CSV")
+    add("--delimiter", default=DELIMITER, choices=["auto", *DELIMITERS], help="of a CSV")
     add = parser.add_argument_group("split").add_argument
     add("--val-split", type=float, default=VAL_SPLIT, help="share of rows held out, 0 up to 1")
     add("--seed", type=int, default=SEED, help="same seed, same split")
@@ -82,9 +84,7 @@ def parse_args(argv=None):
     for pair in args.columns:
         field, _, column = pair.partition("=")
         if field not in FIELDS or not column.strip():
-            parser.error(
-                f"--columns {pair}: must be FIELD=COLUMN with FIELD one of {', '.join(FIELDS)}"
-            )
+            parser.error(f"--columns {pair}: not FIELD=COLUMN, FIELD one of {', '.join(FIELDS)}")
     try:
         codecs.lookup(args.encoding)
     except LookupError:
@@ -98,10 +98,16 @@ def open_text(path, encoding):
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     with opener(path, "rb") as file:
         start = file.read(4)
-    encoding = next(
-        (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), encoding
-    )
-    return opener(path, "rt", encoding=encoding, newline="")
+    marked = [name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)]
+    return opener(path, "rt", encoding=marked[0] if marked else encoding, newline="")
+
+
+def collect(pairs):
+    """Return a dict of (key, value) pairs; the values of a key that comes twice go into a list."""
+    found = {}
+    for key, value in pairs:
+        found[key] = [found[key], value] if key in found else value
+    return found
 
 
 def read_rows(text, kind, columns, delimiter):
@@ -115,7 +121,8 @@ def read_rows(text, kind, columns, delimiter):
         yield from read_csv(text, columns, delimiter)
         return
     # numbers stay as they are written: 1e5 comes out as "1e5", not as 100000.0
-    decoder = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str)
+    as_written = dict(parse_float=str, parse_int=str, parse_constant=str)
+    decoder = json.JSONDecoder(object_pairs_hook=collect, **as_written)
     if kind == "jsonl":
         items = ((number, line) for number, line in enumerate(text, 1) if line.strip())
     else:
@@ -127,17 +134,17 @@ def read_rows(text, kind, columns, delimiter):
             raise ValueError('must be a list of objects, [{"instruction": ...}, ...]')
         items = enumerate(rows, 1)
     for number, item in items:
+        reason = "not an object"
         if kind == "jsonl":
             try:
                 item = decoder.decode(item.strip())
             except (json.JSONDecodeError, RecursionError):
-                yield number, item, "not valid JSON"
-                continue
+                reason = "not valid JSON"
         if not isinstance(item, dict):
-            yield number, item, "not an object"
+            yield number, item, reason
             continue
         folded = ((key.strip().casefold(), value) for key, value in item.items())
-        yield number, {columns[key]: value for key, value in folded if key in columns}, ""
+        yield number, collect((columns[key], value) for key, value in folded if key in columns), ""
 
 
 def read_csv(text, columns, delimiter):
@@ -153,9 +160,7 @@ def read_csv(text, columns, delimiter):
             break
     else:
         wanted = " and ".join(f'"{name}"' for name, field in columns.items() if field != "input")
-        raise ValueError(
-            f"no columns {wanted} in its first line, {first.strip()[:80]!r}; name them with --columns"
-        )
+        raise ValueError(f"no columns {wanted} in the first line {first[:80]!r}; see --columns")
     for field in FIELDS:
         if fields.count(field) > 1:
             raise ValueError(f"two columns stand for {field}; rename one in the file")
@@ -166,9 +171,7 @@ def read_csv(text, columns, delimiter):
             cells = next(reader, None)
         except csv.Error as error:
             if "end of data" in str(error):
-                raise ValueError(
-                    f"row {number}: its quoted text never ends; close the quote"
-                ) from None
+                raise ValueError(f"row {number}: a quote is never closed; close it") from None
             yield number, None, "broken quotes"
             continue
         if cells is None:
@@ -184,36 +187,27 @@ def clean_record(raw):
     record = {}
     for field in FIELDS:
         value = raw.get(field)
-        if isinstance(value, bool):
-            value = "true" if value else "false"
-        elif value is None:
+        if value is None:
             value = ""
+        elif isinstance(value, bool):
+            value = "true" if value else "false"
         elif not isinstance(value, str):
             return f"{field} is not text"
         if "\0" in value:
             return f"{field} has a NUL character"
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                return f"{field} has a lone surrogate"
+        if not value.isascii() and value.encode(errors="ignore").decode() != value:
+            return f"{field} has a lone surrogate"
         record[field] = value.strip()
-    for field in ("instruction", "output"):
-        if not record[field]:
-            return f"no {field}"
-    return record
+    missing = [field for field in ("instruction", "output") if not record[field]]
+    return f"no {missing[0]}" if missing else record
 
 
 def fold(text):
     """Text as compared: Unicode NFC, without regard to case and white space."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
-    return " ".join(text.casefold().split())
-
-
-def digest(text):
-    """16 bytes that stand for a text: two of a million texts share them with probability 1e-27."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    text = unicodedata.normalize("NFC", text).casefold()
+    if text.isprintable() and "  " not in text:
+        return text.strip()  # most text: single blanks are its only white space, nothing to split
+    return " ".join(text.split())
 
 
 def split_rows(keys, share, seed):
@@ -223,10 +217,8 @@ def split_rows(keys, share, seed):
     and taken in that order where they fit into round(rows x share). With two keys or more and a share
     above 0, each side has at least one.
     """
-    groups = Counter(keys)
-    ranked = sorted(
-        groups, key=lambda key: hashlib.blake2b(b"%d:" % seed + key, digest_size=8).digest()
-    )
+    groups, salt = Counter(keys), b"%d:" % seed
+    ranked = sorted(groups, key=lambda key: blake2b(salt + key, digest_size=8).digest())
     room = round(len(keys) * share)
     held_out = set()
     for key in ranked[:-1]:
@@ -239,36 +231,37 @@ def split_rows(keys, share, seed):
 
 
 def write_files(folder, files):
-    """Write {name: lines as bytes} into folder, all or none.
+    """Write {name: lines as bytes} into folder, all or none; train.jsonl is the last of them.
 
-    The new files are written aside and moved into place at the end; the old ones stay linked aside
-    until then, and come back if a move fails.
+    The new files are written aside, the old ones moved aside, the new ones moved into place; a failure
+    or Ctrl-C brings the old ones back. A kill between two moves leaves a folder without train.jsonl,
+    which goes first and comes last: no training on new rows beside old ones.
     """
     new = {folder / name: folder / f".{name}.{os.getpid()}" for name in files}
-    old = {path: aside.with_suffix(".old") for path, aside in new.items()}
+    old = {path: new[path].with_suffix(".old") for path in new if os.path.isfile(path)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in files:
-            for leftover in folder.glob(f".{name}.*"):  # of a run that was killed
-                leftover.unlink()
-        for path, aside in new.items():
-            with open(aside, "wb") as file:
-                file.writelines(files[path.name])
-                file.flush()
-                os.fsync(file.fileno())
-            if path.exists():
-                os.link(path, old[path])
-        for path, aside in new.items():
-            os.replace(aside, path)
+        for leftover in [path for name in files for path in folder.glob(f".{name}.*")]:
+            leftover.unlink()  # of a run that was killed
+        with contextlib.ExitStack() as undo:  # what was done is undone, last first, if a step fails
+            for path, aside in new.items():
+                undo.callback(aside.unlink, missing_ok=True)
+                with open(aside, "wb", buffering=2**20) as file:
+                    file.writelines(files[path.name])
+                    file.flush()
+                    os.fsync(file.fileno())
+            for path, aside in reversed(old.items()):
+                os.rename(path, aside)
+                undo.callback(os.replace, aside, path)
+            for path, aside in new.items():
+                os.replace(aside, path)
+                undo.callback(path.unlink)
+            undo.pop_all()
     except OSError as error:
-        for path, aside in old.items():
-            with contextlib.suppress(OSError):
-                os.rename(aside, path)
         sys.exit(f"error: can't write {folder}: {error.strerror}; what stood there is unchanged")
-    finally:
-        for aside in (*new.values(), *old.values()):
-            with contextlib.suppress(OSError):
-                aside.unlink()
+    for aside in old.values():
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def main(argv=None):
@@ -278,94 +271,75 @@ def main(argv=None):
     if not os.path.isfile(source):
         sys.exit(f"error: {source}: no such file; --input takes a .csv, .tsv, .json or .jsonl file")
     if kind not in ("csv", "tsv", "json", "jsonl"):
-        sys.exit(
-            f"error: {source}: unknown kind of file; rename it to end in .csv, .tsv, .json or .jsonl"
-        )
+        sys.exit(f"error: {source}: unknown kind; its name must end in .csv, .tsv, .json or .jsonl")
     if os.path.exists(folder) and not folder.is_dir():
         sys.exit(f"error: {folder} is a file; --output takes a folder")
-    if source.resolve() in [
-        (folder / name).resolve() for name in ("train.jsonl", "val.jsonl", "rejected.jsonl")
-    ]:
+    if source.resolve() in [(folder / name).resolve() for name in NAMES]:
         sys.exit(f"error: {source} would be overwritten; choose another --output")
 
     names = {field: field for field in FIELDS} | dict(pair.split("=", 1) for pair in args.columns)
     columns = {name.strip().casefold(): field for field, name in names.items()}
     if len(columns) < len(FIELDS):
         sys.exit("error: --columns: one column stands for two fields; name another")
-    lines, keys, lengths, rejected = [], [], [], []
-    known, answers, reasons = set(), Counter(), Counter()
+    lines, keys, lengths, rejected, known = [], [], [], [], set()
     as_json = json.JSONEncoder(ensure_ascii=False).encode
     read = 0
     try:
         with open_text(source, args.encoding) as text:
             rows = read_rows(text, kind, columns, args.delimiter)
-            for number, raw, reason in tqdm(
-                rows, "reading", unit=" rows", disable=None, leave=False, delay=2
-            ):
+            shown = tqdm(rows, "reading", unit=" rows", disable=None, leave=False, delay=2)
+            for number, raw, reason in shown:
                 read += 1
                 record = reason or clean_record(raw)
                 if isinstance(record, str):
-                    reasons[record] += 1
                     rejected.append({"row": number, "reason": record, "raw": raw})
                     continue
                 question = fold(record["instruction"]) + "\0" + fold(record["input"])
                 answer = fold(record["output"])
-                key, whole = digest(question), digest(question + "\0" + answer)
-                if whole in known:
+                key = blake2b(question.encode(), digest_size=16).digest()  # alike by chance: 1e-27
+                both = key, hash(answer)  # 64 bits do among the answers to one question
+                if both in known:
                     continue
-                known.add(whole)
-                answers[key] += 1
+                known.add(both)
                 keys.append(key)
                 lengths.append(question.count(" ") + answer.count(" ") + 2)
-                lines.append(as_json(record).encode() + b"\n")
+                lines.append((LINE % tuple(map(as_json, record.values()))).encode())
     except UnicodeError:
-        sys.exit(
-            f"error: {source}: not {args.encoding} text; name its --encoding, e.g. windows-1252 or utf-16"
-        )
+        sys.exit(f"error: {source}: not {args.encoding} text; try --encoding windows-1252, utf-16")
     except (OSError, EOFError, ValueError, LookupError, RecursionError, zlib.error) as error:
         sys.exit(f"error: {source}: {error}")
 
+    reasons = Counter(row["reason"] for row in rejected)
     complaint = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
     if rejected and args.strict:
         first = rejected[0]["row"]
-        sys.exit(
-            f"error: {source}: unusable rows ({complaint}), the first is row {first}; mend them or drop --strict"
-        )
+        sys.exit(f"error: {source}: {complaint}, first in row {first}; mend them or drop --strict")
     if not lines:
-        sys.exit(
-            f"error: {source}: no usable row ({complaint or 'it has none'}); see --columns for other names"
-        )
+        sys.exit(f"error: {source}: no usable row ({complaint or 'it is empty'}); see --columns")
 
     held_out = split_rows(keys, args.val_split, args.seed)
     files = {
-        "train.jsonl": [line for line, val in zip(lines, held_out) if not val],
-        "val.jsonl": [line for line, val in zip(lines, held_out) if val],
         "rejected.jsonl": [json.dumps(row).encode() + b"\n" for row in rejected],
+        "val.jsonl": [line for line, val in zip(lines, held_out) if val],
+        "train.jsonl": [line for line, val in zip(lines, held_out) if not val],
     }
     write_files(folder, files)
     lengths.sort()
-    counts = {
-        "read": read,
-        "rejected": len(rejected),
-        "duplicates": read - len(rejected) - len(lines),
-        "conflicts": sum(count for count in answers.values() if count > 1),
-        "train": len(files["train.jsonl"]),
-        "val": len(files["val.jsonl"]),
+    conflicts = sum(count for count in Counter(keys).values() if count > 1)
+    report = {
+        "read": (read, f"<- {source}"),
+        "rejected": (len(rejected), f"-> {folder / 'rejected.jsonl'} ({complaint or 'none'})"),
+        "duplicates": (read - len(rejected) - len(lines), "of another row, left out"),
+        "conflicts": (conflicts, "ask the same and answer differently"),
+        "train": (len(files["train.jsonl"]), f"-> {folder / 'train.jsonl'}"),
+        "val": (len(files["val.jsonl"]), f"-> {folder / 'val.jsonl'}"),
     }
-    notes = {
-        "read": f"<- {source}",
-        "rejected": f"-> {folder / 'rejected.jsonl'} ({complaint or 'none'})",
-        "duplicates": "of another row, left out",
-        "conflicts": "ask the same and answer differently",
-        "train": f"-> {folder / 'train.jsonl'}",
-        "val": f"-> {folder / 'val.jsonl'}",
-    }
-    for name, count in counts.items():
-        print(f"{name:<10} {count:>9,} rows {notes[name]}")
+    for name, (count, note) in report.items():
+        print(f"{name:<10} {count:>9,} rows {note}")
     median, p95 = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
     print(f"length     median {median:,}, p95 {p95:,}, max {lengths[-1]:,} words a row")
     print(f"next: python lora_finetune.py --dataset {folder}")
-    return counts
+    return {name: count for name, (count, _) in report.items()}
 
 
 if __name__ == "__main__":

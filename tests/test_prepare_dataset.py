@@ -392,6 +392,12 @@ def test_the_same_question_with_another_input_is_another_question(tmp_path):
     assert (counts["duplicates"], counts["conflicts"]) == (0, 0)
 
 
+def test_the_same_letters_in_other_fields_are_another_row(tmp_path):
+    rows = [row("a", "b", "cd"), row("a", "bc", "d"), row("ab", "", "cd"), row("ab", "cd", "cd")]
+    counts, *_ = prepare(write(tmp_path / "rows.jsonl", rows), tmp_path / "out")
+    assert (counts["duplicates"], counts["conflicts"]) == (0, 0)
+
+
 def test_repeats_are_found_across_case_white_space_and_unicode_form(tmp_path):
     rows = [
         row("Où  est\nle Pod?", "Ä", "LÀ"),
@@ -545,6 +551,8 @@ def test_a_mapped_column_hides_the_one_of_the_usual_name(tmp_path):
         ('{"instruction": "a", "input": {"k": 1}, "output": "x"}', "input is not text"),
         ('{"instruction": "a\\u0000", "output": "x"}', "instruction has a NUL character"),
         ('{"instruction": "a", "output": "\\ud83d"}', "output has a lone surrogate"),
+        ('{"instruction": "a", "output": "x", "Output ": "y"}', "output is not text"),
+        ('{"instruction": "a", "output": "x", "output": "y"}', "output is not text"),
         ('["a", "x"]', "not an object"),
         ("null", "not an object"),
         ('{"instruction": "a", "output": "x"', "not valid JSON"),
@@ -576,6 +584,14 @@ def test_an_unusable_csv_row_is_kept_aside_with_number_and_reason(tmp_path, line
     train, rejected = kept(tmp_path, "rows.csv", raw)
     assert train == [row("good"), row("better")]
     assert [(item["row"], item["reason"]) for item in rejected] == [(3, reason)]
+
+
+@pytest.mark.parametrize("other", ["output", " Output"])
+def test_both_values_of_a_field_named_twice_are_kept_aside(tmp_path, other):
+    item = f'{{"instruction": "a", "output": "x", "{other}": {{"k": 1}}}}'
+    _, rejected = kept(tmp_path, "rows.json", f"[{item}, {json.dumps(row('good'))}]")
+    raw = {"instruction": "a", "output": ["x", {"k": "1"}]}
+    assert rejected == [{"row": 1, "reason": "output is not text", "raw": raw}]
 
 
 def test_the_position_in_a_json_list_is_the_row_number(tmp_path):
@@ -640,22 +656,50 @@ def old(tmp_path):
     return tmp_path / "out", source, snapshot(tmp_path / "out")
 
 
-@pytest.mark.parametrize("call", [1, 2, 3])
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_full_disk_leaves_the_old_files(old, monkeypatch, function, call):
-    folder, source, before = old
+def fail_at(monkeypatch, function, call, error):
+    """Let the given call of a function of os raise an error, and only that one."""
     real, calls = getattr(os, function), []
 
-    def full(*args, **kwargs):
+    def failing(*args, **kwargs):
         calls.append(args)
         if len(calls) == call:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise error
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(os, function, full)
+    monkeypatch.setattr(os, function, failing)
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("function", ["fsync", "rename", "replace"])
+def test_a_full_disk_leaves_the_old_files(old, monkeypatch, function, call):
+    folder, source, before = old
+    fail_at(monkeypatch, function, call, FULL)
     with pytest.raises(SystemExit, match="^error: .*No space left on device"):
         prepare(source, folder)
     assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("function", ["fsync", "rename", "replace"])
+def test_an_interrupted_run_leaves_the_old_files(old, monkeypatch, function, call):
+    folder, source, before = old
+    fail_at(monkeypatch, function, call, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, folder)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_full_disk_leaves_a_new_folder_empty(tmp_path, monkeypatch, function, call):
+    source = write(tmp_path / "rows.jsonl", [row("a"), row("b")])
+    fail_at(monkeypatch, function, call, FULL)
+    with pytest.raises(SystemExit, match="^error: .*No space left on device"):
+        prepare(source, tmp_path / "out")
+    assert snapshot(tmp_path / "out") == {}
 
 
 def test_a_folder_in_the_place_of_val_leaves_the_old_train_file(tmp_path):
@@ -706,6 +750,28 @@ def test_a_run_that_was_killed_leaves_the_old_pair_and_the_next_run_cleans_up(ol
     assert {name: after[name] for name in before} == before
     prepare(source, folder)
     assert snapshot(folder).keys() == before.keys()
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("function", ["rename", "replace"])
+def test_a_run_killed_between_two_moves_leaves_no_train_file_beside_another_val_file(
+    old, function, call
+):
+    folder, source, before = old
+    prepare(source, folder.parent / "wanted")
+    wanted = snapshot(folder.parent / "wanted")
+    killed = (
+        f"import itertools, os, sys; real, calls = os.{function}, itertools.count(1)\n"
+        f"os.{function} = lambda *args: os._exit(9) if next(calls) == {call} else real(*args)\n"
+        "import prepare_dataset; prepare_dataset.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", killed, "--input", source, "--output", str(folder)]
+    assert subprocess.run(command, check=False, cwd=ROOT, capture_output=True).returncode == 9
+    pair = [(folder / name).read_bytes() for name in ("train.jsonl", "val.jsonl")
+            if (folder / "train.jsonl").exists()]  # fmt: skip
+    assert pair in [[files["train.jsonl"], files["val.jsonl"]] for files in (before, wanted)] + [[]]
+    prepare(source, folder)
+    assert snapshot(folder) == wanted
 
 
 def test_the_source_may_stand_in_the_output_folder(tmp_path):
