@@ -1,14 +1,16 @@
 """What lora_finetune.py learns from, how it computes, what it keeps, and what it refuses."""
 
+import gc
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -511,30 +513,62 @@ def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(
         assert_same_run(tmp_path / "out", undisturbed)
 
 
-def test_a_kill_at_a_random_moment_loses_nothing(tiny, tmp_path):
-    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    long = ["--max-steps", 60, "--batch-size", 2, "--gradient-accumulation-steps", 2]
-    arguments = flags(tiny, data, tmp_path / "out", *long)
-    moment = random.randrange(2, 55)
-    print("killed when this step was logged:", moment)
-    log = tmp_path / "out/training_log.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "lora_finetune.py"), *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while process.poll() is None and not (
-        log.exists() and f'"step": {moment},' in log.read_text(encoding="utf-8")
-    ):
+def run_forked(arguments, says):
+    """Run main in a process that was forked with all imports made; what it says goes to a file."""
+    torch.set_num_threads(1)
+    gc.freeze()  # else each collection goes through all that was imported
+    lf.tqdm.set_lock(threading.RLock())  # its own is a semaphore, which outlives a kill
+    sys.stdout = sys.stderr = open(says, "w", buffering=1)
+    lf.main(arguments)
+
+
+def wait_for(words, says, process):
+    """Wait until a process has said these words, or ended."""
+    while process.is_alive() and words not in says.read_text(encoding="utf-8"):
         time.sleep(0.002)
-    assert process.poll() is None, "it ended before it was killed"
-    time.sleep(random.random() / 50)
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "out/adapter_model.safetensors").exists()
-    lf.main([*arguments, "--resume"])
-    lf.main(flags(tiny, data, tmp_path / "undisturbed", *long))
-    assert_same_run(tmp_path / "out", tmp_path / "undisturbed")
+    return time.monotonic()
+
+
+def test_twenty_kills_at_random_moments_lose_nothing(tiny, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the server that forks must have no threads
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["test_lora_finetune"])
+    says = tmp_path / "says"
+    long = ["--max-steps", 40, "--batch-size", 2, "--gradient-accumulation-steps", 2]
+    first, last = "time left", "\n    40 "  # said before the first step, and after the last one
+
+    def start(folder):
+        says.write_text("")
+        arguments = flags(tiny, data, folder, *long, "--val-data", data, "--resume")
+        process = server.Process(target=run_forked, args=(arguments, says))
+        process.start()
+        return process
+
+    process = start(tmp_path / "undisturbed")
+    began, trained = (wait_for(words, says, process) for words in (first, last))
+    process.join()
+    assert process.exitcode == 0, says.read_text(encoding="utf-8")
+    spans = {first: (trained - began) / 3, last: time.monotonic() - trained}
+
+    seed, kills = random.randrange(10**6), int(os.environ.get("KILLS", 20))
+    print("seed of the moments:", seed)
+    moments, out = random.Random(seed), tmp_path / "out"
+    while kills:
+        shutil.rmtree(out, ignore_errors=True)
+        while not (out / "adapter_model.safetensors").exists() or list(out.glob("checkpoint-*")):
+            words = moments.choice([first, first, last])
+            process = start(out)
+            wait_for(words, says, process)
+            process.join(moments.uniform(0, spans[words]))
+            killed = kills > 0 and process.is_alive()
+            if killed:
+                signum = moments.choice([signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT])
+                os.kill(process.pid, signum)
+                kills -= 1
+            process.join()
+            assert killed or process.exitcode == 0, says.read_text(encoding="utf-8")
+        assert_same_run(out, tmp_path / "undisturbed")
 
 
 # what stands in the output folder ----------------------------------------------------------------
