@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -1050,24 +1051,38 @@ def drop_a_tensor(folder):
     save_file(weights, path, {"format": "pt"})
 
 
+class Bomb:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
 def pickle_weights(folder):
-    path = Path(folder, "model.safetensors")
-    torch.save(load_file(path), Path(folder, "pytorch_model.bin"))
-    path.unlink()
+    Path(folder, "model.safetensors").unlink()
+    bomb = Bomb(Path(folder).parent / "exploded")
+    Path(folder, "pytorch_model.bin").write_bytes(pickle.dumps(bomb))
 
 
-def hostile_template(folder):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{{ ''.__class__.__mro__[1].__subclasses__() }}" + (
-        tokenizer.chat_template
-    )
-    tokenizer.save_pretrained(folder)
+def bring_code(name, **settings):
+    def damage(folder):
+        path, bomb = Path(folder, name), Path(folder).parent / "exploded"
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+        Path(folder, "code.py").write_text(f"open({str(bomb)!r}, 'w')")
+
+    return damage
 
 
-def raising_template(folder):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{{ raise_exception('system first') }}"
-    tokenizer.save_pretrained(folder)
+def template(text):
+    def damage(folder):
+        bomb = str(Path(folder).parent / "exploded")
+        path = Path(folder, "chat_template.jinja")
+        path.write_text(text.replace("BOMB", repr(bomb)) + path.read_text())
+
+    return damage
 
 
 DAMAGES = {
@@ -1088,8 +1103,17 @@ DAMAGES = {
     "tokenizer broken": rewrite("tokenizer.json", lambda content: content[:99]),
     "a tensor is missing": drop_a_tensor,
     "weights pickled": pickle_weights,
-    "template attacks": hostile_template,
-    "template refuses": raising_template,
+    "code in the config": bring_code(
+        "config.json", model_type="own", auto_map={"AutoConfig": "code.Config"}
+    ),
+    "code in the tokenizer": bring_code(
+        "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["code.T", None]}
+    ),
+    "template looks for classes": template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+    "template looks for modules": template("{{ lipsum.__globals__['os'].mkdir(BOMB) }}"),
+    "template clears the messages": template("{{ messages.clear() }}"),
+    "template reads a file": template("{% include '/etc/passwd' %}"),
+    "template refuses": template("{{ raise_exception('system first') }}"),
 }
 
 
