@@ -297,7 +297,7 @@ def read_json(path, kind, what):
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         stop(f"{path}: no such file; {what}")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         stop(f"{path}: not readable as JSON ({error}); {what}")
     if not isinstance(value, kind):
         stop(f"{path}: not a JSON {'list' if kind is list else 'object'}; {what}")
@@ -310,6 +310,8 @@ def read_prompts(path):
     for number, prompt in enumerate(prompts, 1):
         if not isinstance(prompt, str) or not prompt.strip():
             stop(f"{path}: item {number} is not a question; each must be a text that is not empty")
+        if prompt != prompt.encode(errors="ignore").decode():
+            stop(f"{path}: item {number} holds half a character (a lone surrogate); write it anew")
     if not prompts:
         stop(f"{path}: the list is empty; write at least one question")
     return [prompt.strip() for prompt in prompts]
@@ -326,17 +328,33 @@ def read_adapter(folder):
         )
     if config.get("peft_type") != "LORA":
         stop(f"{folder}: its peft_type is {config.get('peft_type')}, not LORA; {what}")
-    trained = folder / "training_config.json"
-    return config, read_json(trained, dict, what) if trained.exists() else {}
+    path = folder / "training_config.json"
+    training = read_json(path, dict, what) if path.exists() else {}
+    return config, training if isinstance(training.get("arguments"), dict) else {}
 
 
 def read_log(path):
-    """The whole entries of a training log, none where there is no log."""
+    """The finite numbers of the whole entries of a training log, none where there is no log."""
     entries = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            entry = json.loads(line).items()
+            entries.append({k: v for k, v in entry if isinstance(v, float | int) and abs(v) < 1e9})
+    return [entry for entry in entries if "step" in entry]
+
+
+def check_output(output, inputs):
+    """Refuse an output that can't be written, or would overwrite what is read, before the work is done."""
+    if output.suffix != ".json" or os.path.isdir(output):
+        stop(f"--output {output}: must be a file that ends in .json")
+    page = output.with_suffix(".html")
+    if os.path.isdir(page):
+        stop(f"--output {output}: the page beside it, {page}, is a folder; choose another")
+    if os.path.realpath(output) in map(os.path.realpath, inputs):
+        stop(f"--output {output} is read here and would be overwritten; choose another")
+    nearest = next(path for path in output.absolute().parents if os.path.exists(path))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        stop(f"can't write to {nearest}; choose another --output")
 
 
 def load_base(name, device, precision, load_in_4bit):
@@ -379,11 +397,20 @@ def load_model(name, folder, precision, load_in_4bit, expected):
         model = peft.PeftModel.from_pretrained(base, folder).eval()
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             saved = set(file.keys())
-    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        stop(f"{misfit} ({str(error).strip().splitlines()[0][:200]})")
+    except Exception as error:  # peft checks no config, so a wrong one may raise anything
+        stop(f"{misfit} ({textwrap.shorten(str(error), 200)})")
     if saved != set(peft.get_peft_model_state_dict(model)):
         stop(misfit)
     return model
+
+
+@contextlib.contextmanager
+def advice_on_memory():
+    """End with advice where what is run within takes more memory than the GPU has."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        stop("out of GPU memory; lower --batch-size, then shorten prompts or --max-new-tokens")
 
 
 def generate(model, tokenizer, prompts, stops, args, title):
@@ -611,23 +638,24 @@ def main(argv=None):
     trained = training.get("arguments", {})
     questions = read_prompts(args.prompts) if args.prompts else QUESTIONS
     records = read_jsonl(args.val_data) if args.val_data else []
+    read = [args.prompts or "", args.val_data or "", *folder.glob("*config.json")]
+    check_output(output, [*read, folder / "tokenizer.json"])
     name = args.model or adapter.get("base_model_name_or_path")
-    if not name:
+    if not (name and isinstance(name, str)):
         stop(f"{folder} does not say what it was trained on; pass that as --model")
     precision = args.precision or trained.get("precision", "fp16")
     precision = precision if torch.cuda.is_available() else "fp32"
     load_in_4bit = (
         trained.get("load_in_4bit", True) if args.load_in_4bit is None else args.load_in_4bit
     )
-    if output.suffix != ".json" or output.is_dir():
-        stop(f"--output {output}: must be a file that ends in .json")
 
     own_tokenizer = (folder / "tokenizer_config.json").exists()
     tokenizer = pretrained(AutoTokenizer, folder if own_tokenizer else name)
     frame = chat_frame(tokenizer)
     model = load_model(name, folder, precision, load_in_4bit, training.get("base_fingerprint"))
     base = model.get_base_model()
-    longest = trained.get("max_seq_length") or base.config.max_position_embeddings
+    context = getattr(base.config.get_text_config(), "max_position_embeddings", 2**20)
+    longest = trained.get("max_seq_length") or context
 
     def prompt_ids(question):
         row = encode({"instruction": question, "input": "", "output": ""}, tokenizer, frame, 2**30)
@@ -636,25 +664,44 @@ def main(argv=None):
         ]
 
     prompts = [prompt_ids(question) for question in questions]
+    for question, ids in zip(questions, prompts, strict=True):
+        if len(ids) + args.max_new_tokens > context:
+            stop(
+                f"the prompt {question[:40]!r} has {len(ids):,} tokens, with --max-new-tokens "
+                f"{args.max_new_tokens:,} more than the {context:,} of {name}; shorten one of them"
+            )
     rows = [encode(record, tokenizer, frame, longest) for record in records]
     rows = [row for row in rows if row["labels"][-1] != -100]
     if records and not rows:
         stop(f"{args.val_data}: no row has any of its answer within {longest} tokens")
+    pad = tokenizer.pad_token_id
+    last = max(itertools.chain([pad], *prompts, *(row["input_ids"] for row in rows)))
+    if last >= len(base.get_input_embeddings().weight):
+        stop(
+            f"the tokenizer of {folder} has tokens that {name} lacks; pass the --model it was trained on"
+        )
     end_of_turn = tokenizer(frame[2], add_special_tokens=False)["input_ids"][-1:]
     stops = {tokenizer.eos_token_id, *end_of_turn}
     stops |= set(np.atleast_1d(base.generation_config.eos_token_id or []).tolist())
     with (
+        advice_on_memory(),
         torch.inference_mode(),
         torch.autocast(model.device.type, enabled=precision != "fp32", dtype=base.dtype),
     ):
+        probe = torch.tensor([prompts[0][-8:]], device=model.device)
+        if not model(input_ids=probe).logits.isfinite().all():
+            stop(
+                f"with the adapter {folder} the model computes no finite numbers: its training went "
+                "wrong; train it again with a lower --learning-rate"
+            )
         with model.disable_adapter():
             before, _ = generate(model, tokenizer, prompts, stops, args, "before")
         after, speed = generate(model, tokenizer, prompts, stops, args, "after")
         perplexity = None
         if rows:
             tokens = np.array([sum(label != -100 for label in row["labels"]) for row in rows])
-            head, pad = take_head(base), tokenizer.pad_token_id
             with model.disable_adapter():
+                head = take_head(base)
                 base_nll = row_nll(model, head, rows, args.batch_size, pad, "before")
             perplexity = compare(
                 base_nll, row_nll(model, head, rows, args.batch_size, pad, "after"), tokens
@@ -716,8 +763,8 @@ def main(argv=None):
             output, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         )
         write_page(output.with_suffix(".html"), results, log)
-    except OSError as error:
-        stop(f"can't write {output} ({error.strerror}); choose another --output")
+    except (OSError, ValueError) as error:  # ValueError: a path that is no Unicode text
+        stop(f"can't write {output} ({getattr(error, 'strerror', error)}); choose another --output")
     print(f"saved       {output}\npage        {output.with_suffix('.html')}")
     return summary | {"perplexity": perplexity}
 

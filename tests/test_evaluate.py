@@ -123,7 +123,7 @@ def write_chain(folder, template, answer):
     ids = tokenizer.convert_tokens_to_ids(chain)
     assert len(set(ids)) == len(ids) and tokenizer.unk_token_id not in ids
     config = AutoModelForCausalLM.from_pretrained(folder).config
-    config.vocab_size = len(tokenizer)
+    config.vocab_size, config.max_position_embeddings = len(tokenizer), 4096
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
@@ -445,13 +445,35 @@ def test_a_folder_moved_away_from_its_base_takes_the_model_option(adapter, tiny,
     assert results["settings"]["model"] == tiny
 
 
-def test_a_damaged_training_log_costs_no_result(adapter, tmp_path, asked):
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 9, "lo',
+        '{"step": "a", "loss": "x"}',
+        '{"step": 9, "loss": [1]}',
+        '{"step": 9, "loss": NaN}',
+        "[" * 100_000,
+        "[]",
+        "7",
+    ],
+    ids=lambda line: line[:20],
+)
+def test_a_damaged_training_log_costs_no_result(adapter, tmp_path, asked, line):
     moved = Path(shutil.copytree(adapter, tmp_path / "moved"))
     with open(moved / "training_log.jsonl", "a") as file:
-        file.write('{"step": 9, "lo')
+        file.write(line)
     flags = ["--adapter", moved, "--prompts", asked, "--max-new-tokens", 2]
     results, page = run(tmp_path, *flags)
-    assert len(results["prompts"]) == 3 and page.exists()
+    assert len(results["prompts"]) == 3
+    assert "nan" not in page.read_text() and "polyline" in Elements(page).tags
+
+
+def test_a_training_config_of_another_tool_is_left_out(adapter, tmp_path, asked):
+    moved = Path(shutil.copytree(adapter, tmp_path / "moved"))
+    (moved / "training_config.json").write_text('{"arguments": ["--lr", "1"]}')
+    flags = ["--adapter", moved, "--prompts", asked, "--max-new-tokens", 2]
+    results, _ = run(tmp_path, *flags)
+    assert results["settings"]["load_in_4bit"] is True
 
 
 def test_an_adapter_that_has_blown_up_gives_strict_json_or_one_line(tiny, tmp_path, asked, val):
@@ -599,6 +621,39 @@ def flags(*texts):
     return lambda folder, adapter: texts
 
 
+def overwriting(flag, name, content):
+    """A mistake that names one file as what is read and as --output."""
+
+    def make(folder, adapter):
+        return [*written(flag, name, content)(folder, adapter), "--output", name]
+
+    return make
+
+
+def page_is_a_folder(folder, adapter):
+    (folder / "r.html").mkdir()
+    return ["--output", "r.json"]
+
+
+def more_tokens(folder, adapter):
+    """The tokenizer got a padding token, the model did not."""
+    moved = Path(shutil.copytree(adapter, folder / "moved"))
+    tokenizer = AutoTokenizer.from_pretrained(moved)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(moved)
+    return ["--adapter", moved]
+
+
+def code_in_the_base(folder, adapter):
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = Path(shutil.copytree(base, folder / "base"))
+    changes = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    (base / "code.py").write_text("open('exploded', 'w')")
+    return ["--model", base]
+
+
 def config(**changes):
     def change(path):
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -608,6 +663,22 @@ def config(**changes):
 
 def text(content):
     return lambda path: path.write_text(content)
+
+
+def not_finite(path):
+    weights = load_file(path)
+    weights = {name: torch.full_like(weight, math.nan) for name, weight in weights.items()}
+    save_file(weights, path, {"format": "pt"})
+
+
+def code_in_the_tokenizer(path):
+    changes = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.T", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    (path.parent / "code.py").write_text("open('exploded', 'w')")
+
+
+def template(words):
+    return edited("chat_template.jinja", lambda p: p.write_text(words + p.read_text()))
 
 
 GOOD = '{"instruction": "a", "output": "b"}\n'
@@ -655,6 +726,37 @@ MISTAKES = {  # what was done wrong, what the error must name
     "output a folder": (flags("--output", "."), "--output"),
     "output no json": (flags("--output", "out/results.html"), "--output"),
     "output under a file": (written("--output", "f", ""), "f"),
+    "output is the prompts": (overwriting("--prompts", "p.json", '["a"]'), "--output p.json"),
+    "output is the val data": (overwriting("--val-data", "v.json", GOOD), "--output v.json"),
+    "output is the config": (
+        lambda *at: [*edited(CONFIG, Path.touch)(*at), "--output", f"moved/{CONFIG}"],
+        "--output moved/adapter_config.json",
+    ),
+    "page is a folder": (page_is_a_folder, "r.html"),
+    "base a number": (config(base_model_name_or_path=5), "--model"),
+    "layers of another run": (config(target_modules=["k_proj", "o_proj"]), "does not fit"),
+    "one layer too few": (config(target_modules=["q_proj"]), "does not fit"),
+    "layers no pattern": (config(target_modules="(q_proj"), "does not fit"),
+    "ranks a list": (config(rank_pattern=[1]), "does not fit"),
+    "weights not finite": (edited(WEIGHTS, not_finite), "finite"),
+    "scale not finite": (config(lora_alpha=math.nan), "finite"),
+    "tokenizer has more tokens": (more_tokens, "tokenizer"),
+    "code in the base": (code_in_the_base, "base"),
+    "code in the tokenizer": (edited("tokenizer_config.json", code_in_the_tokenizer), "moved"),
+    "template of classes": (
+        template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+        "chat template",
+    ),
+    "template of modules": (
+        template("{{ lipsum.__globals__['os'].system('touch exploded') }}"),
+        "chat template",
+    ),
+    "template refuses": (template("{{ raise_exception('system first') }}"), "system first"),
+    "prompt half a character": (written("--prompts", "p.json", '["a", "\\ud800"]'), "item 2"),
+    "prompts a long number": (written("--prompts", "p.json", f"[{'9' * 5000}]"), "p.json"),
+    "prompt too long": (written("--prompts", "p.json", f'["{"Pod " * 75000}"]'), "1,024"),
+    "prompt a long word": (written("--prompts", "p.json", f'["{"x" * 300000}"]'), "1,024"),
+    "new tokens beyond the context": (flags("--max-new-tokens", "3000"), "1,024"),
 }
 
 
@@ -679,6 +781,23 @@ def test_a_mistake_ends_in_one_line_that_names_it(
     assert len(message) < 500
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert after == before and not (tmp_path / "out").exists()
+
+
+def test_an_output_that_can_not_be_written_is_told_before_a_model_is_loaded(adapter, tmp_path):
+    (tmp_path / "file").write_text("")
+    flags = ["--adapter", adapter, "--model", "nowhere/model"]
+    with pytest.raises(SystemExit, match="^error: can't write to .*file; choose another --output"):
+        run(tmp_path, *flags, output="file/e.json")
+
+
+def test_out_of_gpu_memory_ends_in_one_line_of_advice(adapter, asked, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(evaluate, "generate", full)
+    with pytest.raises(SystemExit, match="^error: out of GPU memory; lower --batch-size"):
+        run(tmp_path, "--adapter", adapter, "--prompts", asked)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failed_write_leaves_the_old_results(adapter, asked, tmp_path, monkeypatch):
