@@ -1,0 +1,157 @@
+"""The recipes in README.md do what they say: their own text is run on a small adapter."""
+
+import json
+import re
+from pathlib import Path
+
+import gguf
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import processors
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lora_finetune
+
+README = Path(lora_finetune.__file__).with_name("README.md").read_text(encoding="utf-8")
+QUESTION = "How do I list all Pods of a node?"
+# chat_template in the tokenizer_config.json of TinyLlama-1.1B-Chat-v1.0
+TINYLLAMA = """{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>\n'  + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+
+
+def blocks(language):
+    """The code blocks of this language in the section on using the adapter."""
+    section = README.split("\n## Use the adapter\n")[1].split("\n## ")[0]
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    return [text for named, text in fenced if named == language]
+
+
+@pytest.fixture(scope="module")
+def able(tiny, tmp_path_factory):
+    """The tiny model with a larger head, or no adapter could make it sure of an answer."""
+    folder = tmp_path_factory.mktemp("able")
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    model.lm_head.weight.data *= 20
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def home(able, tmp_path_factory):
+    """A folder that holds output/tinyllama-k8s-qlora, trained on plain weights until it answers well."""
+    folder = tmp_path_factory.mktemp("home")
+    record = {"instruction": QUESTION, "input": "", "output": "Run kubectl get pods."}
+    (folder / "data.jsonl").write_text(json.dumps(record) + "\n")
+    flags = (
+        "--no-load-in-4bit --max-steps 80 --learning-rate 0.01 --lora-dropout 0 --target-modules"
+    )
+    flags += " q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+    flags += " --batch-size 1 --gradient-accumulation-steps 1"
+    paths = ["--model", able, "--dataset", str(folder / "data.jsonl")]
+    output = str(folder / "output/tinyllama-k8s-qlora")
+    lora_finetune.main([*flags.split(), *paths, "--output", output])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(home):
+    """What the second recipe leaves: output/merged."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        exec(blocks("python")[1], {})
+    return home / "output/merged"
+
+
+def answer(model, tokenizer):
+    chat = [{"role": "user", "content": QUESTION}]
+    prompt = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    ids = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    return tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_asking_a_question_prints_the_answer_that_was_trained(home, capsys, monkeypatch):
+    monkeypatch.chdir(home)
+    exec(blocks("python")[0], {})
+    assert capsys.readouterr().out == "Run kubectl get pods.\n"
+
+
+def test_merged_model_is_base_and_adapter_in_one(home, merged, able):
+    assert not (merged / "adapter_config.json").exists()
+    one = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    two = AutoModelForCausalLM.from_pretrained(able, dtype=torch.float32)
+    two = peft.PeftModel.from_pretrained(two, home / "output/tinyllama-k8s-qlora").eval()
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    ids = tokenizer(f"<|user|>\n{QUESTION}</s>\n<|assistant|>\nRun", return_tensors="pt")
+    with torch.no_grad():
+        merged_logits, logits = one(**ids).logits, two(**ids).logits
+        with two.disable_adapter():
+            base_logits = two(**ids).logits
+    off = (merged_logits - logits).abs().max()  # the merged weights are rounded to 16 bits
+    assert off < 0.05 and off < (base_logits - logits).abs().max() / 20
+    assert answer(one, tokenizer) == answer(two, tokenizer) == "Run kubectl get pods."
+    with two.disable_adapter():
+        assert answer(two, tokenizer) != "Run kubectl get pods."
+
+
+def test_merged_folder_holds_16_bit_weights_and_the_template(merged, home):
+    weights = load_file(merged / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+    trained = AutoTokenizer.from_pretrained(home / "output/tinyllama-k8s-qlora")
+    assert AutoTokenizer.from_pretrained(merged).chat_template == trained.chat_template
+
+
+def modelfile():
+    """TEMPLATE and stop of the Modelfile in the manual."""
+    (text,) = [block for block in blocks("") if block.startswith("FROM")]
+    template = re.search(r'^TEMPLATE """(.*?)"""$', text, re.DOTALL | re.MULTILINE)[1]
+    return template, re.search(r'^PARAMETER stop "(.*)"$', text, re.MULTILINE)[1]
+
+
+@pytest.mark.parametrize("template", ["zephyr", TINYLLAMA], ids=["zephyr", "TinyLlama's own"])
+def test_the_modelfile_gives_the_prompt_and_the_stop_of_training(template, tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    if template != "zephyr":
+        tokenizer.chat_template = template
+    frame = lora_finetune.chat_frame(tokenizer)
+    record = {"instruction": QUESTION, "input": "", "output": "With kubectl."}
+    row = lora_finetune.encode(record, tokenizer, frame, 512)
+    prompt = [id for id, label in zip(row["input_ids"], row["labels"]) if label == -100]
+    text, stop = modelfile()
+    assert text.replace("{{ .Prompt }}", QUESTION) == tokenizer.decode(prompt)
+    assert tokenizer.convert_tokens_to_ids(stop) == row["labels"][-1]
+
+
+def test_llama_cpp_finds_template_and_end_token_in_the_merged_folder(merged):
+    found = gguf.SpecialVocab(merged)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    assert found.chat_template == tokenizer.chat_template
+    assert found.special_token_ids["eos"] == tokenizer.eos_token_id
+
+
+def test_llama_cpp_puts_no_bos_first_once_the_config_says_so(merged, tmp_path):
+    """As the manual says of models whose tokenizer adds one, such as TinyLlama."""
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    assert gguf.SpecialVocab(tmp_path).add_special_token["bos"] is True
+    assert '`"add_bos_token": false`' in README
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": False}))
+    assert gguf.SpecialVocab(tmp_path).add_special_token["bos"] is False
