@@ -11,7 +11,6 @@ Writes  --output: eval_results.json, and beside it eval_results.html, a page to 
 import argparse
 import contextlib
 import hashlib
-import html
 import itertools
 import json
 import math
@@ -20,6 +19,7 @@ import shutil
 import sys
 import textwrap
 import time
+import unicodedata
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -509,39 +509,52 @@ def verdict(perplexity):
     """The result in one sentence that a person can quote."""
     if perplexity is None:
         return "No --val-data, so no perplexity: read the answers side by side."
-    base, finetuned, ratio = (perplexity[key] for key in ("base", "finetuned", "ratio"))
-    low, high = perplexity["ratio_ci95"] or (ratio, ratio)
+    low, high = perplexity["ratio_ci95"] or (-math.inf, math.inf)
     word = "Better" if high < 1 else "Worse" if low > 1 else "No clear difference"
+    interval = f"95 % interval {low:.3f} to {high:.3f}" if high < math.inf else "no interval"
     return (
-        f"{word}: perplexity {base:.2f} -> {finetuned:.2f} on {perplexity['rows']} rows, "
-        f"x {ratio:.3f} (95 % interval {low:.3f} to {high:.3f}), "
-        f"{perplexity['rows_improved']} of {perplexity['rows']} rows improved."
-    )
+        "{word}: perplexity {base:.2f} -> {finetuned:.2f} on {rows} rows, x {ratio:.3f} ({interval}), "
+        "{rows_improved} of {rows} rows improved."
+    ).format(word=word, interval=interval, **perplexity)
+
+
+def cells(text):
+    """How many columns of a terminal a text takes: wide characters two, combining marks none."""
+    marks = sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
+    return len(text) - marks + sum(unicodedata.east_asian_width(c) in "FW" for c in text)
 
 
 def wrap(text, width):
-    """Wrap prose at words; lines of a code block stay lines, cut at the width where they are longer."""
-    lines, code = [], False
+    """Wrap prose at words and cut code at the width; what would steer the terminal is not let through."""
+    lines, code, encoding = [], False, sys.stdout.encoding or "utf-8"
+    safe = {"Cc": "\ufffd", "Cf": ""}  # control characters; marks without a width, such as bidi
     for line in text.splitlines():
+        line = "".join(safe.get(unicodedata.category(c), c) for c in line.expandtabs(4))
+        line = line.encode(encoding, "replace").decode(encoding)
         code ^= (fence := line.lstrip().startswith("```"))
-        if code or fence:
-            lines += [line[i : i + width] for i in range(0, max(1, len(line)), width)]
-        else:
-            lines += textwrap.wrap(line, width) or [""]
+        prose = not (code or fence)
+        while cells(line) > width:
+            end = sum(size <= width for size in itertools.accumulate(map(cells, line)))
+            blank = max(line.rfind(" ", 0, end + 1), 0)
+            end = blank if prose and line[:blank].strip() else end
+            lines.append(line[:end])
+            line = line[end:].lstrip() if prose else line[end:]
+        lines.append(line)
     return lines
 
 
 def print_side_by_side(results):
     """Print each prompt with its two answers in two columns that fit the terminal."""
-    width = (min(shutil.get_terminal_size().columns, 160) - 3) // 2
+    columns = max(20, min(shutil.get_terminal_size().columns, 160))
+    width = (columns - 3) // 2
     for number, result in enumerate(results, 1):
-        print(f"\n[{number}/{len(results)}] " + textwrap.fill(result["prompt"], 2 * width - 5))
-        columns = []
+        print("", *wrap(f"[{number}/{len(results)}] {result['prompt']}", columns), sep="\n")
+        sides = []
         for name, key in zip(("before", "after"), KEYS, strict=True):
             title = name if result[f"{key}_stopped"] else f"{name} (cut)"
-            columns.append([title, "-" * width, *wrap(result[key], width)])
-        for left, right in itertools.zip_longest(*columns, fillvalue=""):
-            print(f"{left:<{width}} | {right}".rstrip())
+            sides.append([title, "-" * width, *wrap(result[key], width)])
+        for left, right in itertools.zip_longest(*sides, fillvalue=""):
+            print(f"{left}{' ' * (width - cells(left))} | {right}".rstrip())
 
 
 PAGE = """<!doctype html>
@@ -551,78 +564,82 @@ PAGE = """<!doctype html>
   --tint: #f6f8fa; --after: #0a5cc2; --alarm: #a40e26 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9da7b3; --line: #30363d;
   --paper: #0d1117; --tint: #161b22; --after: #6cb0ff; --alarm: #ff9a9a } }
-body { overflow-wrap: anywhere; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 70rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } .verdict { font-size: 1.2rem }
+body { overflow-wrap: anywhere; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
+  background: var(--paper); max-width: 70rem; margin: 0 auto; padding: 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem } .verdict { font-size: 1.2rem }
+h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; white-space: pre-wrap } h4 { font-size: .9rem; margin: 0 }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .soft { color: var(--soft) }
 .pair > div { background: var(--tint); border: 1px solid var(--line); border-radius: 6px;
-  padding: .5rem .8rem; min-width: 0 } h3 { font-size: .9rem; margin: 0 } .cut { color: var(--alarm) }
-pre { font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0 }
-table { border-collapse: collapse; width: 100% } td, th { border-bottom: 1px solid var(--line);
-  text-align: left; padding: .3rem .6rem .3rem 0; vertical-align: top; overflow-wrap: anywhere }
-td:not(:first-child), thead th:not(:first-child) { text-align: right; white-space: nowrap } svg { width: 100%; height: auto }
-footer td:not(:first-child) { text-align: left; white-space: normal } footer { font-size: .85rem; margin-top: 2rem }
-@media (max-width: 40rem) { .pair { grid-template-columns: 1fr } }
-@media print { .pair { break-inside: avoid } }
+  padding: .5rem .8rem; min-width: 0 } .cut { color: var(--alarm) }
+pre { font: inherit; white-space: pre-wrap; margin: .4rem 0 }
+code { font: .85em ui-monospace, monospace; word-break: break-all }
+table, svg { width: 100%; max-width: 44rem } table { border-collapse: collapse }
+td, th { border-bottom: 1px solid var(--line); text-align: left; padding: .3rem 0; vertical-align: top }
+td:not(:first-child), thead th:not(:first-child) { text-align: right; white-space: nowrap; padding-left: .8rem }
+footer { font-size: .85rem } footer th { white-space: nowrap }
+footer td:not(:first-child) { text-align: left; white-space: normal }
+@media (max-width: 40rem) { .pair { grid-template-columns: 1fr } svg { font-size: 24px } }
+@media print { .pair { break-inside: avoid } h2, h3 { break-after: avoid } }
 </style></head><body>
-"""
+<h1>Before and after fine-tuning</h1><p class="verdict">{{ summary.verdict }}</p>
+<table><thead><tr><th scope=col>Measure<th scope=col>Before<th scope=col>After</thead><tbody>
+{% if perplexity %}<tr><th scope=row>Perplexity
+{% for key in keys %}<td>{{ "%.3f" % perplexity[key] }}{% endfor %}{% endif %}
+<tr><th scope=row>Answers that stopped by themselves
+{% for key in keys %}<td>{{ summary[key + "_stopped"] }} of {{ summary.prompts }}{% endfor %}
+<tr><th scope=row>Mean length of an answer, tokens
+{% for key in keys %}<td>{{ "%.0f" % summary[key + "_mean_tokens"] }}{% endfor %}
+</tbody></table>{{ curve|safe }}<h2>Answers side by side</h2>
+{% for result in prompts %}
+<h3>{{ result.prompt }}</h3><div class="pair">{% for key in keys %}<div>
+<h4>{{ "Before" if loop.first else "After" }}
+{% if not result[key + "_stopped"] %}<span class="cut">did not stop, cut</span>{% endif %}</h4>
+<pre>{% for part in result[key].split("```") %}{% if loop.index is odd %}{{ part }}{% else %}
+<code>```{{ part }}{{ "" if loop.last else "```" }}</code>{% endif %}{% endfor %}</pre></div>
+{% endfor %}</div>{% endfor %}
+<footer><h2>Settings</h2><table><tbody>
+{% for name, value in settings.items() if value is not none %}
+<tr><th scope=row>{{ name }}<td>{{ value.items()|map("join", " ")|join(", ") if value is mapping else value }}
+{% endfor %}
+</tbody></table></footer></body></html>"""
 
 
 def curve(log):
     """The loss curve of training_log.jsonl as an SVG: a line for training, points for validation."""
-    train = [(e["step"], e["loss"]) for e in log if e.get("loss") is not None]
-    val = [(e["step"], e["eval_loss"]) for e in log if e.get("eval_loss") is not None]
+    train, val = (
+        sorted({entry["step"]: entry[key] for entry in log if key in entry}.items())
+        for key in ("loss", "eval_loss")
+    )
     if not train:
         return ""
     steps, losses = zip(*train, *val, strict=True)
-    low, high, last = min(losses), max(losses), max(max(steps), 2)
+    low, high, last = min(losses), max(losses), max(steps)
 
-    def place(step, loss):
-        return 50 + 630 * (step - 1) / (last - 1), 20 + 200 * (high - loss) / (high - low or 1)
+    def place(point):
+        x = 90 + 600 * (point[0] - 1) / max(last - 1, 1)
+        return f"{x:.1f},{20 + 200 * (high - point[1]) / (high - low or 1):.1f}"
 
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in train))
+    shown = train[:: -(len(train) // 1000 + 1)]  # from the last one back: a page stays small
+    line = " ".join(map(place, [train[-1], *shown]))
     dots = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="var(--alarm)"><title>validation loss {loss:.4f} '
-        f"at step {step}</title></circle>"
-        for (step, loss), (x, y) in ((point, place(*point)) for point in val)
-    )
+        f"M{place(point)}h0" for point in val
+    )  # lines without length and with round ends
+    ends = f"from {train[0][1]:.3f} to {train[-1][1]:.3f}"
+    measured = f"; dots: validation loss, at last {val[-1][1]:.3f}" if val else ""
     return f"""<h2>Loss while training</h2>
-<svg viewBox="0 0 700 260" role="img" aria-label="loss from {train[0][1]:.3f} to {train[-1][1]:.3f} in {last} steps"
- font-size="13" fill="var(--soft)"><path d="M50 20V220H680" fill="none" stroke="var(--line)"/>
-<text x="4" y="24">{high:.2f}</text><text x="4" y="224">{low:.2f}</text><text x="50" y="240">step 1</text>
-<text x="680" y="240" text-anchor="end">step {last}</text>
-<polyline points="{line}" fill="none" stroke="var(--after)" stroke-width="2"/>{dots}</svg>
-<p class="soft">Line: training loss; dots: validation loss (nats a token).</p>"""
+<svg viewBox="0 0 700 260" role="img" aria-label="loss {ends} in {last} steps" font-size="14"
+ fill="var(--soft)"><path d="M90 20V220H690" fill="none" stroke="var(--line)"/>
+<text x="82" y="28" text-anchor="end">{high:.3f}</text><text x="82" y="224" text-anchor="end">{low:.3f}</text>
+<text x="90" y="246">step 1</text><text x="690" y="246" text-anchor="end">step {last}</text>
+<g fill="none" stroke-linecap="round"><polyline points="{line}" stroke="var(--after)" stroke-width="2"/>
+<path d="{dots}" stroke="var(--alarm)" stroke-width="10"/></g></svg>
+<p class="soft">Line: training loss, {ends}{measured} (nats a token).</p>"""
 
 
 def write_page(path, results, log):
-    """Write the results as one self-contained HTML page; every text from outside is escaped."""
-    text, summary, perplexity = html.escape, results["summary"], results["perplexity"]
-    parts = [
-        PAGE,
-        f'<h1>Before and after fine-tuning</h1><p class="verdict">{text(summary["verdict"])}</p>',
-    ]
-    stopped = [f"{summary[f'{key}_stopped']} of {summary['prompts']}" for key in KEYS]
-    lengths = [f"{summary[f'{key}_mean_tokens']:.0f}" for key in KEYS]
-    cells = [("Perplexity", *(f"{perplexity[key]:.3f}" for key in KEYS))] if perplexity else []
-    cells += [("Answers that stopped by themselves", *stopped)]
-    cells += [("Mean length of an answer, tokens", *lengths)]
-    parts.append(
-        "<table><thead><tr><th>Measure</th><th>Before</th><th>After</th></tr></thead><tbody>"
-    )
-    parts += [f"<tr><th scope=row>{a}</th><td>{b}</td><td>{c}</td></tr>" for a, b, c in cells]
-    parts += ["</tbody></table>", curve(log), "<h2>Answers side by side</h2>"]
-    for result in results["prompts"]:
-        parts.append(f"<h2>{text(result['prompt'])}</h2><div class=pair>")
-        for name, key in zip(("Before", "After"), KEYS, strict=True):
-            cut = "" if result[f"{key}_stopped"] else ' <span class="cut">did not stop, cut</span>'
-            parts.append(f"<div><h3>{name}{cut}</h3><pre>{text(result[key])}</pre></div>")
-        parts.append("</div>")
-    parts.append("<footer><h2>Settings</h2><table><tbody>")
-    for name, value in results["settings"].items():
-        parts.append(f"<tr><th scope=row>{text(name)}</th><td>{text(str(value))}</td></tr>")
-    parts.append("</tbody></table></footer></body></html>\n")
-    write_whole(path, "\n".join(parts))
+    """Write the results as one self-contained HTML page; the template escapes every text."""
+    page = jinja2.Template(PAGE, autoescape=True, trim_blocks=True)
+    write_whole(path, page.render(results, keys=KEYS, curve=curve(log)) + "\n")
 
 
 def main(argv=None):
@@ -746,10 +763,8 @@ def main(argv=None):
     print_side_by_side(results["prompts"])
     summary = results["summary"]
     if not changed:
-        print(
-            "\nWARNING: no answer changed, the adapter has no effect. Was it trained long enough?"
-        )
-    print(f"\n{textwrap.fill(summary['verdict'], 78)}")
+        print("\nWARNING: no answer changed, the adapter has no effect. Was it trained enough?")
+    print("", *wrap(summary["verdict"], 78), sep="\n")
     print(
         f"answers     {changed} of {len(questions)} changed; stopped by themselves "
         f"{summary['base_stopped']} -> {summary['finetuned_stopped']}; mean length "

@@ -9,6 +9,8 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -293,8 +295,10 @@ def test_verdict_says_better_only_where_the_whole_interval_is_below_one():
     figures = evaluate.compare(np.array([4.0, 6.0]), np.array([2.0, 3.0]), np.array([2, 5]))
     for interval, word in [([0.5, 0.9], "better"), ([1.1, 1.3], "worse")]:
         assert word in evaluate.verdict(figures | {"ratio_ci95": interval}).lower()
-    unclear = evaluate.verdict(figures | {"ratio_ci95": [0.9, 1.1]}).lower()
-    assert "better" not in unclear and "worse" not in unclear
+    for interval in [0.9, 1.1], None:  # none: a single row, or rows that changed alike
+        unclear = evaluate.verdict(figures | {"ratio_ci95": interval}).lower()
+        assert "better" not in unclear and "worse" not in unclear
+    assert "no interval" in unclear and "inf" not in unclear
 
 
 # ------------------------------------------------------------------------------- answers
@@ -848,7 +852,148 @@ def test_side_by_side_fits_the_terminal(columns, adapter, tmp_path, capsys, monk
     assert max(len(line) for line in lines[sides[0] : sides[-1] + 1]) <= columns
 
 
+def test_wide_characters_take_two_columns_and_marks_none():
+    assert evaluate.wrap("部署" * 5, 8) == ["部署部署"] * 2 + ["部署"]
+    assert evaluate.wrap("部署" * 5, 7) == ["部署部", "署部署", "部署部", "署"]
+    assert evaluate.wrap("e\u0301" * 8, 8) == ["e\u0301" * 8]
+    assert evaluate.wrap("ok 🚀🚀 ok", 7) == ["ok 🚀🚀", "ok"]
+    assert evaluate.wrap("```\n" + "部" * 5, 4) == ["```", "部部", "部部", "部"]
+
+
+def side_by_side(capsys, base, finetuned, prompt="?"):
+    sides = {"base": base, "finetuned": finetuned, "base_stopped": True, "finetuned_stopped": True}
+    evaluate.print_side_by_side([{"prompt": prompt} | sides])
+    return capsys.readouterr().out
+
+
+def test_columns_stay_aligned_beside_wide_characters(capsys):
+    rows = side_by_side(capsys, "部署e\u0301🚀", "right").splitlines()
+    assert rows[2] == "before".ljust(38) + " | after"
+    assert rows[4] == "部署e\u0301🚀" + " " * 31 + " | right"
+
+
+def test_what_would_steer_a_terminal_is_shown_and_not_sent(capsys):
+    answer = "\x1b[2Ja\x1b]0;title\x07b\x9b1mc\rd\x08e\u202ef\u200bg\x00h\ti\x7f"
+    out = side_by_side(capsys, answer, f"```\n{answer}\n```", f"why {answer}")
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u202e]", out)
+    assert "\ufffd[2Ja\ufffd]0;title\ufffdb\ufffd1mc" in out and "d\ufffdefg\ufffdh" in out
+
+
+@pytest.mark.parametrize("columns", ["1", "20", "1000"])
+def test_a_very_narrow_or_wide_terminal_is_no_trouble(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert "smallest" in side_by_side(capsys, "the\nsmallest\nunit", "x" * 30 + " 部署")
+
+
+def test_piped_output_is_plain_in_any_encoding(adapter, asked, tmp_path):
+    flags = ["--adapter", adapter, "--prompts", asked, "--max-new-tokens", "24"]
+    run = subprocess.run(
+        [sys.executable, evaluate.__file__, *flags, "--output", tmp_path / "r.json"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    answers = " ".join(result["base"] for result in strict(tmp_path / "r.json")["prompts"])
+    assert run.returncode == 0 and not answers.isascii()
+    assert not re.search(rb"[^\n\x20-\x7e]", run.stdout) and b"?" in run.stdout
+    assert not re.search(rb"[^\n\x20-\x7e]", run.stderr)
+
+
 # ------------------------------------------------------------------------------- page
+
+
+def page_of(folder, answer, log=()):
+    """A page with this answer on both sides: its elements and its text."""
+    sides = {"base": answer, "finetuned": answer, "base_stopped": True, "finetuned_stopped": False}
+    summary = {"verdict": "Better", "prompts": 1, "base_stopped": 1, "finetuned_stopped": 0}
+    summary |= {"base_mean_tokens": 3.4, "finetuned_mean_tokens": 5.6}
+    settings = {"model": "m", "prompts": None, "versions": {"torch": "2.13", "peft": "0.21"}}
+    results = {"summary": summary, "perplexity": None, "settings": settings}
+    evaluate.write_page(folder / "p.html", results | {"prompts": [{"prompt": "?"} | sides]}, log)
+    return Elements(folder / "p.html"), (folder / "p.html").read_text(encoding="utf-8")
+
+
+def test_headings_step_down_one_level_at_a_time_and_columns_have_scopes(results):
+    elements = Elements(results[1])
+    levels = [int(tag[1]) for tag in elements.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1 and levels.count(3) == 3
+    assert all(below - above <= 1 for above, below in zip(levels, levels[1:]))
+    assert elements.attributes.count(("scope", "col")) == 3
+    assert elements.tags.count("th") == len(
+        [1 for name, _ in elements.attributes if name == "scope"]
+    )
+
+
+def test_fenced_code_is_set_as_code_also_where_it_was_cut(tmp_path):
+    answer = "Run\n\n```bash\nls <a> `b`\n```\n\nthen\n\n```\ncut"
+    elements, page = page_of(tmp_path, answer)
+    code = re.findall(r"<code>(.*?)</code>", page, re.DOTALL)
+    assert code[:2] == ["```bash\nls &lt;a&gt; `b`\n```", "```\ncut"] and len(code) == 4
+    assert elements.text.count(answer) == 2
+
+
+def test_settings_are_told_in_words(tmp_path):
+    _, page = page_of(tmp_path, "a")
+    body = page.split("</style>")[1]
+    assert "torch 2.13, peft 0.21" in body and "None" not in body and "{" not in body
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_stand_out_from_their_ground(scheme):
+    colours = dict(re.findall(r"--(\w+): (#\w+)", evaluate.PAGE.split("@media (prefers")[0]))
+    if scheme == "dark":
+        colours = dict(re.findall(r"--(\w+): (#\w+)", evaluate.PAGE.split("@media (prefers")[1]))
+
+    def luminance(name):
+        digits = colours[name][1:]
+        pairs = (
+            [digits[i : i + 2] for i in (0, 2, 4)] if len(digits) == 6 else [c * 2 for c in digits]
+        )
+        parts = [int(pair, 16) / 255 for pair in pairs]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for ink in ("ink", "soft", "after", "alarm"):
+        for ground in ("paper", "tint"):
+            dark, light = sorted([luminance(ink), luminance(ground)])
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, ground)
+
+
+def losses(*values, key="loss", first=1):
+    return [{"step": step, key: value} for step, value in enumerate(values, first)]
+
+
+def coordinates(svg):
+    points = re.search(r'points="(.*?)"', svg)[1].split()
+    return sorted({tuple(map(float, point.split(","))) for point in points})
+
+
+def test_a_run_of_one_step_has_a_curve_that_can_be_seen():
+    svg = evaluate.curve(losses(2.5))
+    assert svg.count("step 1<") == 2 and coordinates(svg) == [(90, 20)]
+    assert len(re.search(r'points="(.*?)"', svg)[1].split()) == 2  # a lone point is not drawn
+
+
+def test_a_long_curve_stays_small_and_ends_where_training_ended():
+    svg = evaluate.curve(losses(*(5 - step / 2500 for step in range(10_000))))
+    assert len(svg) < 25_000 and len(coordinates(svg)) > 500
+    assert coordinates(svg)[0][0] < 91 and coordinates(svg)[-1] == (690, 220)
+    assert "from 5.000 to 1.000" in svg and "step 10000<" in svg
+
+
+def test_what_is_no_step_or_loss_is_left_out_of_the_curve(tmp_path):
+    odd = losses(None, math.nan, math.inf, "<b>", [1], 10**400, first=3)
+    odd += losses(None, math.nan, key="eval_loss") + [{"step": "<b>", "loss": 9.0}, {"loss": 9.0}]
+    write_jsonl(tmp_path / "log", losses(4.0, 3.0) + odd)
+    good = evaluate.curve(losses(4.0, 3.0))
+    assert evaluate.curve(evaluate.read_log(tmp_path / "log")) == good
+    write_jsonl(tmp_path / "log", odd)
+    assert evaluate.curve(evaluate.read_log(tmp_path / "log")) == evaluate.curve([]) == ""
+
+
+def test_a_log_with_steps_twice_or_out_of_order_gives_one_line():
+    again = losses(5.0, 4.0, 3.9, 3.8) + losses(3.0, 2.0, first=3) + losses(9.0, 4.5)
+    assert evaluate.curve(again) == evaluate.curve(losses(9.0, 4.5, 3.0, 2.0))
 
 
 def test_hostile_prompts_and_answers_are_inert_on_the_page(hostile):
@@ -856,7 +1001,7 @@ def test_hostile_prompts_and_answers_are_inert_on_the_page(hostile):
     assert results["prompts"][0]["base"] == "".join(HOSTILE)  # the answers are hostile indeed
     elements = Elements(page)
     harmless = "html head meta title style body h1 h2 h3 p div span pre table thead tbody tr th td"
-    harmless += " footer svg path text polyline circle"
+    harmless += " footer h4 code svg g path text polyline"
     assert set(elements.tags) <= set(harmless.split())
     assert not [name for name, _ in elements.attributes if name.startswith("on")]
     assert all(text in elements.text for text in HOSTILE)
@@ -879,7 +1024,10 @@ def test_the_page_shows_verdict_figures_curve_and_answers(results):
     assert data["summary"]["verdict"] in elements.text
     assert f"{data['perplexity']['base']:.3f}" in elements.text
     assert f"{data['perplexity']['finetuned']:.3f}" in elements.text
-    assert "polyline" in elements.tags and "circle" in elements.tags
+    assert "polyline" in elements.tags
+    log = (Path(data["settings"]["adapter"]) / "training_log.jsonl").read_text().splitlines()
+    losses = [entry["eval_loss"] for entry in map(json.loads, log) if "eval_loss" in entry]
+    assert f"validation loss, at last {losses[-1]:.3f}" in elements.text
     for result in data["prompts"]:
         assert result["base"] in elements.text and result["finetuned"] in elements.text
 
@@ -943,3 +1091,13 @@ def test_figures_on_a_telephone_are_not_broken_in_two(browser, results):
         ".filter(([text, lines]) => lines > 1 && !text.includes(' '))"
     )
     assert broken == []
+    heights = (
+        "return [...document.querySelectorAll('footer th')].map(e => {const r = "
+        "document.createRange(); r.selectNodeContents(e); return r.getBoundingClientRect().height})"
+    )
+    assert max(browser.execute_script(heights)) < 30  # one line each
+    size = (
+        "return [...document.querySelectorAll('svg text')].map(e => "
+        "parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a)"
+    )
+    assert min(browser.execute_script(size)) > 11
