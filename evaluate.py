@@ -644,6 +644,8 @@ def write_page(path, results, log):
 
 def main(argv=None):
     args = parse_args(argv)
+    if failed := getattr(sys, "last_value", None):  # in a notebook: a failed cell's frames are kept
+        failed.__context__ = failed.__cause__ = sys.last_traceback.tb_next = None
     clear_device_cache(garbage_collection=True)  # in a notebook: what an earlier cell left
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries

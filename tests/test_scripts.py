@@ -13,7 +13,9 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+import peft
 import pytest
+from transformers import AutoModelForCausalLM
 
 import evaluate
 import lora_finetune
@@ -247,51 +249,124 @@ def test_every_file_in_the_manual_exists():
 # ------------------------------------------------------------------------------- notebook
 
 
-def test_pasted_into_cells_the_three_stages_run_one_after_another(tiny, tmp_path):
-    lines = ["question;answer"] + [f"What is {n} of a kind?;Number {n}." for n in range(24)]
-    (tmp_path / "mine.csv").write_text("\n".join(lines))
-    edits = {
-        "prepare_dataset.py": {
-            "INPUT": "mine.csv",
-            "OUTPUT": "prepared",
-            "COLUMNS": ["instruction=question", "output=answer"],
-            "VAL_SPLIT": 0.25,
-        },
-        "lora_finetune.py": {
-            "DATASET": "prepared",
-            "MODEL": tiny,
-            "OUTPUT": "adapter",
-            "MAX_STEPS": 2,
-            "LEARNING_RATE": 1e-2,
-        },
-        "evaluate.py": {
-            "ADAPTER": "adapter",
-            "VAL_DATA": "prepared/val.jsonl",
-            "MAX_NEW_TOKENS": 4,
-            "OUTPUT": "results/eval.json",
-        },
-    }
-    cells = []
-    for name, changes in edits.items():
-        text = (ROOT / name).read_text(encoding="utf-8")
-        for constant, value in changes.items():
-            text, count = re.subn(
-                rf"^{constant} = [^#\n]*", f"{constant} = {value!r}  ", text, flags=re.MULTILINE
-            )
-            assert count == 1
-        cells.append(nbformat.v4.new_code_cell(text))
-    cells.append(nbformat.v4.new_code_cell('main(["--max-new-tokens", "2"])["prompts"]'))
+ALIVE = """import gc, torch
+gc.collect()
+print("alive", sum(isinstance(thing, torch.nn.Parameter) for thing in gc.get_objects()))"""
+
+
+def pasted(name, **changes):
+    """The text of a script with constants edited, as in a cell."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for constant, value in changes.items():
+        new = f"{constant} = {value!r}  "
+        text, count = re.subn(rf"^{constant} = [^#\n]*", new, text, flags=re.MULTILINE)
+        assert count == 1
+    return text
+
+
+def run_notebook(folder, *cells):
+    """Run cells in a real kernel: of each what it printed, its error output, its error and its value."""
+    cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    resources = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=120, resources=resources).execute()
-    printed = [
-        "".join(out.get("text", "") for out in cell.outputs if out.get("name") == "stdout")
-        for cell in notebook.cells
-    ]
-    assert "train             18 rows" in printed[0]
-    assert "saved" in printed[1] and "before" in printed[2]
-    assert notebook.cells[3].outputs[-1]["data"]["text/plain"] == "10"
+    resources = {"metadata": {"path": str(folder)}}
+    client = nbclient.NotebookClient(notebook, timeout=120, allow_errors=True, resources=resources)
+    client.execute()
+    seen = []
+    for cell in notebook.cells:
+        texts = {"stdout": "", "stderr": "", "error": "", "value": ""}
+        for out in cell.outputs:
+            texts[out.get("name", "")] = texts.get(out.get("name", ""), "") + out.get("text", "")
+            if out.output_type == "error":
+                texts["error"] = f"{out.ename}: {out.evalue}"
+            if out.output_type == "execute_result":
+                texts["value"] = out.data["text/plain"]
+        seen.append(texts)
+    return seen
+
+
+def write_questions(folder):
+    lines = ["question;answer"] + [f"What is {n} of a kind?;Number {n}." for n in range(24)]
+    (folder / "mine.csv").write_text("\n".join(lines))
+
+
+def test_pasted_into_cells_the_three_stages_run_one_after_another(tiny, tmp_path):
+    write_questions(tmp_path)
+    columns = ["instruction=question", "output=answer"]
+    prepare = {"INPUT": "mine.csv", "OUTPUT": "prepared", "COLUMNS": columns, "VAL_SPLIT": 0.25}
+    train = {"DATASET": "prepared", "MODEL": tiny, "OUTPUT": "adapter", "MAX_STEPS": 2}
+    compare = {"ADAPTER": "adapter", "VAL_DATA": "prepared/val.jsonl", "MAX_NEW_TOKENS": 4}
+    seen = run_notebook(
+        tmp_path,
+        pasted("prepare_dataset.py", **prepare),
+        pasted("lora_finetune.py", **train, LEARNING_RATE=1e-2),
+        ALIVE,
+        pasted("evaluate.py", **compare, OUTPUT="results/eval.json"),
+        'main(["--max-new-tokens", "2"])["prompts"]',
+        ALIVE,
+    )
+    assert not any(cell["error"] for cell in seen)
+    assert "train             18 rows" in seen[0]["stdout"]
+    assert "saved" in seen[1]["stdout"] and "before" in seen[3]["stdout"]
+    assert seen[2]["stdout"] == seen[5]["stdout"] == "alive 0\n"  # the memory is given back
+    assert seen[4]["value"] == "10"
     results = json.loads((tmp_path / "results/eval.json").read_text(encoding="utf-8"))
     assert results["perplexity"]["rows"] == 6
     log = (tmp_path / "adapter/training_log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log if "grad_norm" in line] == [1, 2]
+
+
+def test_in_a_notebook_the_scripts_run_by_magic_by_shell_and_by_main(tiny, tmp_path):
+    write_questions(tmp_path)
+    python, train = sys.executable, f"{ROOT}/lora_finetune.py"
+    seen = run_notebook(
+        tmp_path,
+        f"!{python} {ROOT}/prepare_dataset.py --input mine.csv --output prepared "
+        "--columns instruction=question output=answer\n_exit_code",
+        f"!{python} {ROOT}/prepare_dataset.py --input none.csv\n_exit_code",
+        f"%run {train} --max-steps 1 --dataset prepared --model {tiny} --output first",
+        f"main(['--epochs', '1', '--dataset', 'prepared', '--model', '{tiny}', "
+        "'--output', 'second'])['steps']",
+        ALIVE,
+    )
+    assert "next: python lora_finetune.py --dataset prepared" in seen[0]["stdout"]
+    assert seen[0]["value"] == "0"
+    assert seen[1]["stdout"].startswith("error: none.csv") and seen[1]["value"] == "1"
+    assert len(seen[1]["stdout"].splitlines()) == 1
+    assert "saved" in seen[2]["stdout"] and (tmp_path / "first/adapter_config.json").exists()
+    assert seen[3]["value"] == "2" and (tmp_path / "second/adapter_config.json").exists()
+    assert not any(cell["error"] for cell in seen)
+    assert seen[4]["stdout"] == "alive 0\n"
+
+
+def test_a_mistake_in_a_cell_ends_in_one_line_and_the_kernel_lives_on(tmp_path):
+    seen = run_notebook(
+        tmp_path,
+        pasted("lora_finetune.py", DATASET="nowhere.jsonl"),
+        "main(['--dataset', 'nowhere.csv'])",
+        f"%run {ROOT}/evaluate.py --adapter nowhere",
+        "6 * 7",
+    )
+    for cell, name in zip(seen, ("nowhere.jsonl", "nowhere.csv", "nowhere")):
+        assert cell["error"].startswith(f"SystemExit: error: {name}")
+        assert "\n" not in cell["error"] and "Traceback" not in cell["stderr"]
+    assert seen[3]["value"] == "42"
+
+
+def test_after_an_interrupted_cell_the_next_one_finds_the_memory_free(tiny, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    seen = run_notebook(
+        tmp_path,
+        pasted("evaluate.py", ADAPTER="nowhere"),
+        "answer = generate\ndef generate(*rest):\n    raise KeyboardInterrupt",
+        "main(['--adapter', 'adapter', '--max-new-tokens', '2'])",
+        ALIVE,
+        "main()",  # fails too, but before it loads a model
+        ALIVE,
+        "generate = answer\nmain(['--adapter', 'adapter', '--max-new-tokens', '2'])['prompts']",
+    )
+    assert seen[2]["error"].startswith("KeyboardInterrupt")
+    assert int(seen[3]["stdout"].split()[1]) > 20  # kept for the traceback's sake
+    assert seen[5]["stdout"] == "alive 0\n"
+    assert seen[6]["value"] == "10"
