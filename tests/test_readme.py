@@ -56,7 +56,7 @@ def home(able, tmp_path_factory):
     record = {"instruction": QUESTION, "input": "", "output": "Run kubectl get pods."}
     (folder / "data.jsonl").write_text(json.dumps(record) + "\n")
     flags = (
-        "--no-load-in-4bit --max-steps 80 --learning-rate 0.01 --lora-dropout 0 --target-modules"
+        "--no-load-in-4bit --max-steps 80 --learning-rate 0.002 --lora-dropout 0 --target-modules"
     )
     flags += " q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
     flags += " --batch-size 1 --gradient-accumulation-steps 1"
