@@ -19,7 +19,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, largest_file, without_privileges
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -1162,6 +1162,26 @@ def test_a_mistake_is_refused_in_one_line(tiny, data, tmp_path, capsys, monkeypa
     assert says in line
     assert sorted(os.listdir(tmp_path)) == ["empty", "file"]
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_read_only_output_is_refused_before_a_model_is_loaded(data, tmp_path, capsys):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    arguments = flags("nowhere/model", data, tmp_path / "locked/new/out")
+    line = without_privileges(lambda: error_line(arguments, capsys))
+    assert line == f"error: can't write to {tmp_path}/locked; choose another --output"
+
+
+@pytest.mark.parametrize("size", [20_000, 50_000], ids=["adapter", "optimizer"])
+def test_a_full_disk_ends_in_one_line_and_resume_goes_on(
+    tiny, data, undisturbed, tmp_path, capsys, size
+):
+    arguments = flags(tiny, data, tmp_path / "out", *RUN, "--val-data", data)
+    with largest_file(size):
+        line = error_line(arguments, capsys)
+    assert line.startswith(f"error: can't write to {tmp_path}/out") and "--resume" in line
+    assert not (tmp_path / "out/adapter_model.safetensors").exists()
+    lf.main([*arguments, "--resume"])
+    assert_same_run(tmp_path / "out", undisturbed)
 
 
 def test_rows_without_room_for_an_answer_are_dropped_and_counted(tiny, tmp_path, capsys):
