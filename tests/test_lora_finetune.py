@@ -900,11 +900,7 @@ def test_an_empty_val_jsonl_in_the_folder_is_no_mistake(tiny, tmp_path):
 def test_eight_rows_learned_by_heart_come_back_word_for_word_and_stop(
     tiny_models, tmp_path, architecture, template, four_bit
 ):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_models(architecture, template), folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] *= 20  # a random head is too flat to be sure of any token
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    folder = tiny_models(architecture, template)
     answers = "red apple,blue sky </s> x,green,four by four,kubectl get,a Pod,nothing,last one"
     rows = [
         {"instruction": f"q{i}", "input": "", "output": answer}
@@ -914,11 +910,10 @@ def test_eight_rows_learned_by_heart_come_back_word_for_word_and_stop(
     names = "q_proj k_proj v_proj " + ("dense fc1 fc2" if architecture == "phi" else "")
     names += "" if architecture == "phi" else "o_proj gate_proj up_proj down_proj"
     more = ["--target-modules", *names.split(), "--lora-r", 64, "--lora-dropout", 0]
-    more += ["--learning-rate", 0.01, "--max-steps", 80, "--batch-size", 8]
+    more += ["--learning-rate", 0.005, "--max-steps", 200, "--batch-size", 8]
     more += ["--gradient-accumulation-steps", 1, "--no-gradient-checkpointing"]
     more += ["--load-in-4bit"] * four_bit
-    result = lf.main(flags(folder, data, tmp_path / "out", *more))
-    assert result["loss"] < 0.01
+    lf.main(flags(folder, data, tmp_path / "out", *more))
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = peft.PeftModel.from_pretrained(reference_model(folder, four_bit), tmp_path / "out")
