@@ -343,7 +343,7 @@ def read_log(path):
     return [entry for entry in entries if "step" in entry]
 
 
-def check_output(output, inputs):
+def check_target(output, inputs):
     """Refuse an output that can't be written, or would overwrite what is read, before the work is done."""
     if output.suffix != ".json" or os.path.isdir(output):
         stop(f"--output {output}: must be a file that ends in .json")
@@ -658,7 +658,7 @@ def main(argv=None):
     questions = read_prompts(args.prompts) if args.prompts else QUESTIONS
     records = read_jsonl(args.val_data) if args.val_data else []
     read = [args.prompts or "", args.val_data or "", *folder.glob("*config.json")]
-    check_output(output, [*read, folder / "tokenizer.json"])
+    check_target(output, [*read, folder / "tokenizer.json"])
     name = args.model or adapter.get("base_model_name_or_path")
     if not (name and isinstance(name, str)):
         stop(f"{folder} does not say what it was trained on; pass that as --model")

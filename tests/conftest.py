@@ -1,7 +1,11 @@
 """Shared by all tests: the scripts are imported from the repository root, models are made once."""
 
+import contextlib
+import ctypes
 import os
+import resource
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,6 +38,31 @@ def tiny_models(tmp_path_factory):
 def tiny(tiny_models):
     """Folder of the tiny Llama with TinyLlama's chat template."""
     return tiny_models()
+
+
+def without_privileges(call):
+    """Return what call() returns, run in a thread that has no rights over files but its user's, root or not."""
+
+    def give_up():
+        linux3 = (ctypes.c_uint32 * 2)(0x20080522, 0)
+        if ctypes.CDLL(None).capset(linux3, (ctypes.c_uint32 * 6)()):  # of this thread alone
+            pytest.skip("no capset on this system")
+
+    with ThreadPoolExecutor(1) as thread:
+        if os.geteuid() == 0:
+            thread.submit(give_up).result()
+        return thread.submit(call).result()
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """No file may grow beyond so many bytes, which fails as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(autouse=True)

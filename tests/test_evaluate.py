@@ -18,6 +18,7 @@ import offline_model
 import peft
 import pytest
 import torch
+from conftest import largest_file, without_privileges
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
 
@@ -817,6 +818,23 @@ def test_a_failed_write_leaves_the_old_results(adapter, asked, tmp_path, monkeyp
         run(tmp_path, *flags, "--batch-size", 2)
     assert end.value.code.startswith("error:") and "No space left" in end.value.code
     assert {path: path.read_bytes() for path in page.parent.iterdir()} == old
+
+
+def test_a_full_disk_leaves_the_old_results(adapter, asked, tmp_path, capsys):  # stdout: no file
+    flags = ["--adapter", adapter, "--prompts", asked, "--max-new-tokens", 1]
+    _, page = run(tmp_path, *flags)
+    old = {path: path.read_bytes() for path in page.parent.iterdir()}
+    with largest_file(999), pytest.raises(SystemExit, match="^error: .*File too large"):
+        run(tmp_path, *flags, "--batch-size", 2)
+    assert {path: path.read_bytes() for path in page.parent.iterdir()} == old
+
+
+def test_a_read_only_folder_is_refused_before_a_model_is_loaded(adapter, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    flags = ["--adapter", adapter, "--model", "nowhere/model"]
+    told = f"^error: can't write to {tmp_path}/locked; choose another --output$"
+    with pytest.raises(SystemExit, match=told):
+        without_privileges(lambda: run(tmp_path, *flags, output="locked/new/e.json"))
 
 
 # ------------------------------------------------------------------------------- terminal

@@ -19,7 +19,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, largest_file, without_privileges
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -900,11 +900,7 @@ def test_an_empty_val_jsonl_in_the_folder_is_no_mistake(tiny, tmp_path):
 def test_eight_rows_learned_by_heart_come_back_word_for_word_and_stop(
     tiny_models, tmp_path, architecture, template, four_bit
 ):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_models(architecture, template), folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] *= 20  # a random head is too flat to be sure of any token
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    folder = tiny_models(architecture, template)
     answers = "red apple,blue sky </s> x,green,four by four,kubectl get,a Pod,nothing,last one"
     rows = [
         {"instruction": f"q{i}", "input": "", "output": answer}
@@ -914,11 +910,10 @@ def test_eight_rows_learned_by_heart_come_back_word_for_word_and_stop(
     names = "q_proj k_proj v_proj " + ("dense fc1 fc2" if architecture == "phi" else "")
     names += "" if architecture == "phi" else "o_proj gate_proj up_proj down_proj"
     more = ["--target-modules", *names.split(), "--lora-r", 64, "--lora-dropout", 0]
-    more += ["--learning-rate", 0.01, "--max-steps", 80, "--batch-size", 8]
+    more += ["--learning-rate", 0.005, "--max-steps", 200, "--batch-size", 8]
     more += ["--gradient-accumulation-steps", 1, "--no-gradient-checkpointing"]
     more += ["--load-in-4bit"] * four_bit
-    result = lf.main(flags(folder, data, tmp_path / "out", *more))
-    assert result["loss"] < 0.01
+    lf.main(flags(folder, data, tmp_path / "out", *more))
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = peft.PeftModel.from_pretrained(reference_model(folder, four_bit), tmp_path / "out")
@@ -1162,6 +1157,26 @@ def test_a_mistake_is_refused_in_one_line(tiny, data, tmp_path, capsys, monkeypa
     assert says in line
     assert sorted(os.listdir(tmp_path)) == ["empty", "file"]
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_read_only_output_is_refused_before_a_model_is_loaded(data, tmp_path, capsys):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    arguments = flags("nowhere/model", data, tmp_path / "locked/new/out")
+    line = without_privileges(lambda: error_line(arguments, capsys))
+    assert line == f"error: can't write to {tmp_path}/locked; choose another --output"
+
+
+@pytest.mark.parametrize("size", [20_000, 50_000], ids=["adapter", "optimizer"])
+def test_a_full_disk_ends_in_one_line_and_resume_goes_on(
+    tiny, data, undisturbed, tmp_path, capsys, size
+):
+    arguments = flags(tiny, data, tmp_path / "out", *RUN, "--val-data", data)
+    with largest_file(size):
+        line = error_line(arguments, capsys)
+    assert line.startswith(f"error: can't write to {tmp_path}/out") and "--resume" in line
+    assert not (tmp_path / "out/adapter_model.safetensors").exists()
+    lf.main([*arguments, "--resume"])
+    assert_same_run(tmp_path / "out", undisturbed)
 
 
 def test_rows_without_room_for_an_answer_are_dropped_and_counted(tiny, tmp_path, capsys):
