@@ -455,18 +455,18 @@ def make_lean(model, checkpointing, compiled):
     if plain and torch.allclose(plain(x, x, cos, sin)[0], rotate_both(x, x, cos, sin)[0]):
         modeling.apply_rotary_pos_emb = plain if compiled else rotate_both
     for module in model.modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
+        if isinstance(module, GradientCheckpointingLayer):
+            for child in module.children() if compiled else ():  # the compiler swaps for itself
+                child.compile(dynamic=True)  # inside the checkpoint, so that graphs are whole
+            if checkpointing:
+                module.forward = partial(checkpoint_layer, module.forward)
+        elif isinstance(module, peft.tuners.lora.LoraLayer) and not compiled:
             module.forward = partial(adapted_linear, module)
-        if hasattr(module, "variance_epsilon"):  # RMSNorm of Llama and kin: one kernel for eight
+        elif hasattr(module, "variance_epsilon") and not compiled:  # RMSNorm of Llama and kin
             size, eps = module.weight.shape, module.variance_epsilon
             module.forward = partial(
                 torch.nn.functional.rms_norm, normalized_shape=size, weight=module.weight, eps=eps
             )
-        if isinstance(module, GradientCheckpointingLayer):
-            if compiled:  # inside the checkpoint, so that the graph is whole
-                module.forward = torch.compile(module.forward, dynamic=True)
-            if checkpointing:
-                module.forward = partial(checkpoint_layer, module.forward)
 
 
 class ResponseTrainer(transformers.Trainer):
