@@ -24,7 +24,6 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import peft
 import scipy.stats
@@ -143,13 +142,15 @@ def read_jsonl(path):
                 if not isinstance(value, str):
                     wrong = "missing" if value is None else "not text"
                     stop(f'{path}:{number}: "{field}" is {wrong}; {advice}')
+                if value != value.encode(errors="ignore").decode():
+                    stop(f'{path}:{number}: "{field}" has half a character in it; {advice}')
                 record[field] = value.strip()
                 if not record[field] and field != "input":
                     stop(f'{path}:{number}: "{field}" is empty; {advice}')
             records.append(record)
     except UnicodeDecodeError:
         stop(f"{path}: not UTF-8 text; {advice}")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         stop(f"{path}:{number}: not valid JSON ({error}); {advice}")
     if not records:
         stop(f"{path}: no records in it; {advice}")
@@ -183,8 +184,9 @@ def chat_frame(tokenizer):
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         head, rest = text.split(question)
         tail, end = rest.split(answer)
-    except (jinja2.TemplateError, ValueError, TypeError) as error:
-        stop(f"the chat template of this model can't be used ({error}); choose another --model")
+    except Exception as error:  # a template is a program, it may raise anything
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        stop(f"the chat template of this model can't be used ({reason}); choose another --model")
     if not (head + question + tail).startswith(prompt):
         stop("the chat template writes its prompt and its answer apart; choose another --model")
     special = {

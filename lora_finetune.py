@@ -27,7 +27,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import datasets
-import jinja2
 import peft
 import psutil
 import torch
@@ -198,13 +197,15 @@ def read_jsonl(path):
                 if not isinstance(value, str):
                     wrong = "missing" if value is None else "not text"
                     stop(f'{path}:{number}: "{field}" is {wrong}; {advice}')
+                if value != value.encode(errors="ignore").decode():
+                    stop(f'{path}:{number}: "{field}" has half a character in it; {advice}')
                 record[field] = value.strip()
                 if not record[field] and field != "input":
                     stop(f'{path}:{number}: "{field}" is empty; {advice}')
             records.append(record)
     except UnicodeDecodeError:
         stop(f"{path}: not UTF-8 text; {advice}")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         stop(f"{path}:{number}: not valid JSON ({error}); {advice}")
     if not records:
         stop(f"{path}: no records in it; {advice}")
@@ -238,8 +239,9 @@ def chat_frame(tokenizer):
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         head, rest = text.split(question)
         tail, end = rest.split(answer)
-    except (jinja2.TemplateError, ValueError, TypeError) as error:
-        stop(f"the chat template of this model can't be used ({error}); choose another --model")
+    except Exception as error:  # a template is a program, it may raise anything
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        stop(f"the chat template of this model can't be used ({reason}); choose another --model")
     if not (head + question + tail).startswith(prompt):
         stop("the chat template writes its prompt and its answer apart; choose another --model")
     special = {
@@ -886,17 +888,20 @@ def main(argv=None):
     show_example(rows[0], tokenizer)
 
     whole = find_checkpoint(folder, run) if args.resume else None
-    for path in folder.glob("checkpoint-*") if RANK == 0 else []:
+    for path in [*folder.glob("checkpoint-*"), *folder.glob(".saving-*")] if RANK == 0 else []:
         if path != whole:
             shutil.rmtree(path)
+    for path in folder.glob(".training_*") if RANK == 0 else []:
+        path.unlink()  # left, as .saving-* is, by a kill in the middle of a write
     try:
         trainer = make_trainer(args, precision, model, head, rows, val_rows, tokenizer, total)
         state = train(trainer, TrainingLog(trainer, run, per_epoch), whole)
         if RANK == 0 and state.global_step == total:
             save_adapter(model, tokenizer, folder)
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise  # torch.save says by that name that a file could not be written
+        unwritten = "inline_container", "iostream"  # how torch.save says that a disk is full
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in unwritten):
+            raise
         stop(f"can't write to {folder} ({str(error)[:80]}); free space, then --resume goes on")
     if state.global_step < total:
         done = f"stopped after step {state.global_step} of {total}"

@@ -727,6 +727,10 @@ MISTAKES = {  # what was done wrong, what the error must name
     "val a list": (written("--val-data", "v.jsonl", GOOD + "[]"), "v.jsonl:2"),
     "val no output": (written("--val-data", "v.jsonl", '{"instruction": "a"}'), '"output"'),
     "val number": (written("--val-data", "v.jsonl", '{"instruction": 1}'), '"instruction"'),
+    "val half a character": (
+        written("--val-data", "v.jsonl", GOOD.replace('"b"', '"\\ud800"')),
+        '"output" has half',
+    ),
     "val too long": (written("--val-data", "v.jsonl", LONG), "v.jsonl"),
     "output a folder": (flags("--output", "."), "--output"),
     "output no json": (flags("--output", "out/results.html"), "--output"),
@@ -756,6 +760,11 @@ MISTAKES = {  # what was done wrong, what the error must name
         template("{{ lipsum.__globals__['os'].system('touch exploded') }}"),
         "chat template",
     ),
+    "template counts for long": (
+        template("{% for x in range(10**9) %}{% endfor %}"),
+        "Range too big",
+    ),
+    "template fills the memory": (template("{{ 'a' * 10**17 }}"), "MemoryError"),
     "template refuses": (template("{{ raise_exception('system first') }}"), "system first"),
     "prompt half a character": (written("--prompts", "p.json", '["a", "\\ud800"]'), "item 2"),
     "prompts a long number": (written("--prompts", "p.json", f"[{'9' * 5000}]"), "p.json"),

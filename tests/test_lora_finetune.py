@@ -572,6 +572,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tiny, data, tmp_path, monke
             process.join()
             assert killed or process.exitcode == 0, says.read_text(encoding="utf-8")
         assert_same_run(out, tmp_path / "undisturbed")
+        assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "undisturbed"))
 
 
 # what stands in the output folder ----------------------------------------------------------------
@@ -985,6 +986,8 @@ FILES = {  # content of the data file, what the line must say
     "no output": (GOOD + b'{"instruction": "a"}', ':2: "output" is missing'),
     "null": (b'{"instruction": null, "output": "b"}', '"instruction" is missing'),
     "blank output": (b'{"instruction": "a", "output": " \\n"}', '"output" is empty'),
+    "half a character": (GOOD + b'{"instruction": "a", "output": "\\ud800"}', ':2: "output" has'),
+    "a number too long": (b'{"instruction": ' + b"9" * 5000 + b"}", ":1: not valid JSON"),
     "nested too deep": (b"[" * 100_000, ":1: not valid JSON"),
 }
 OPTIONS = [
@@ -1110,6 +1113,11 @@ DAMAGES = {
     "template looks for modules": template("{{ lipsum.__globals__['os'].mkdir(BOMB) }}"),
     "template clears the messages": template("{{ messages.clear() }}"),
     "template reads a file": template("{% include '/etc/passwd' %}"),
+    "template counts for long": template("{% for x in range(10**9) %}{% endfor %}"),
+    "template fills the memory": template("{{ 'a' * 10**17 }}"),
+    "template divides by zero": template("{{ 1 / 0 }}"),
+    "template calls itself": template("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"),
+    "template refuses in two lines": template("{{ raise_exception('system\n\nfirst') }}"),
     "template refuses": template("{{ raise_exception('system first') }}"),
 }
 
@@ -1166,7 +1174,9 @@ def test_a_read_only_output_is_refused_before_a_model_is_loaded(data, tmp_path, 
     assert line == f"error: can't write to {tmp_path}/locked; choose another --output"
 
 
-@pytest.mark.parametrize("size", [20_000, 50_000], ids=["adapter", "optimizer"])
+@pytest.mark.parametrize(
+    "size", [20_000, 50_000, 64_600], ids=["adapter", "optimizer", "its last bytes"]
+)
 def test_a_full_disk_ends_in_one_line_and_resume_goes_on(
     tiny, data, undisturbed, tmp_path, capsys, size
 ):
