@@ -24,6 +24,7 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import peft
 import scipy.stats

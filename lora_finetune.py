@@ -164,9 +164,11 @@ def parse_args(argv=None):
 
 
 def say(line=""):
-    """Print, from the first process alone."""
+    """Print a line, from the first process alone; what the terminal can't show, or would obey, as "?"."""
     if RANK == 0:
-        tqdm.write(line)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        shown = "".join(letter if letter.isprintable() else "?" for letter in line)
+        tqdm.write(shown.encode(encoding, "replace").decode(encoding))
 
 
 def stop(message):
@@ -457,18 +459,18 @@ def make_lean(model, checkpointing, compiled):
     if plain and torch.allclose(plain(x, x, cos, sin)[0], rotate_both(x, x, cos, sin)[0]):
         modeling.apply_rotary_pos_emb = plain if compiled else rotate_both
     for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            for child in module.children() if compiled else ():  # the compiler swaps for itself
-                child.compile(dynamic=True)  # inside the checkpoint, so that graphs are whole
-            if checkpointing:
-                module.forward = partial(checkpoint_layer, module.forward)
-        elif isinstance(module, peft.tuners.lora.LoraLayer) and not compiled:
+        if isinstance(module, peft.tuners.lora.LoraLayer):
             module.forward = partial(adapted_linear, module)
-        elif hasattr(module, "variance_epsilon") and not compiled:  # RMSNorm of Llama and kin
+        elif hasattr(module, "variance_epsilon"):  # RMSNorm of Llama and kin: one kernel for eight
             size, eps = module.weight.shape, module.variance_epsilon
             module.forward = partial(
                 torch.nn.functional.rms_norm, normalized_shape=size, weight=module.weight, eps=eps
             )
+        elif isinstance(module, GradientCheckpointingLayer):
+            if compiled:  # inside the checkpoint, so that the graph is whole
+                module.forward = torch.compile(module.forward, dynamic=True)
+            if checkpointing:
+                module.forward = partial(checkpoint_layer, module.forward)
 
 
 class ResponseTrainer(transformers.Trainer):
@@ -856,6 +858,8 @@ def write_config(args, precision, run, model, rows, source, result):
 
 def main(argv=None):
     args = parse_args(argv)
+    if failed := getattr(sys, "last_value", None):  # in a notebook: a failed cell's frames are kept
+        failed.__context__ = failed.__cause__ = sys.last_traceback.tb_next = None
     clear_device_cache(garbage_collection=True)  # in a notebook: what an earlier cell left
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries

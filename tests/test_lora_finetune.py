@@ -1189,6 +1189,15 @@ def test_a_full_disk_ends_in_one_line_and_resume_goes_on(
     assert_same_run(tmp_path / "out", undisturbed)
 
 
+def test_control_characters_in_a_row_do_not_reach_the_terminal(tiny, tmp_path, capsys):
+    rows = [{**row, "output": "red \x1b[31m bell \a end"} for row in ROWS]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 1))
+    shown = capsys.readouterr().out
+    assert "red ?[31m bell ? end" in shown
+    assert all(letter.isprintable() or letter == "\n" for letter in shown)
+
+
 def test_rows_without_room_for_an_answer_are_dropped_and_counted(tiny, tmp_path, capsys):
     long = {"instruction": "word " * 200, "input": "", "output": "never seen"}
     data = write_jsonl(tmp_path / "rows.jsonl", [*ROWS[:3], long])
