@@ -253,9 +253,12 @@ def counted(hidden, labels):
 
 
 def token_nll(head, states, targets):
-    """Negative log-likelihood in nats of each target token: shape (tokens,)."""
-    logits = head(states.to(head.weight.dtype)).float()
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    """Negative log-likelihood in nats of each target token, shape (tokens,), from 256 rows of logits at a time."""
+    nll = []
+    for part, target in zip(states.split(256), targets.split(256)):
+        logits = head(part.to(head.weight.dtype)).float()
+        nll.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+    return torch.cat(nll)
 
 
 def pretrained(auto_class, name, **kwargs):
@@ -407,6 +410,22 @@ def load_model(name, folder, precision, load_in_4bit, expected):
     return model
 
 
+def encode_prompts(questions, tokenizer, frame, new_tokens, context, name):
+    """Turn questions into token ids as in training; refuses one that leaves no room for its answer."""
+    prompts = []
+    for question in questions:
+        row = encode({"instruction": question, "input": "", "output": ""}, tokenizer, frame, 2**30)
+        pairs = zip(row["input_ids"], row["labels"], strict=True)
+        ids = [id for id, label in pairs if label == -100]
+        if len(ids) + new_tokens > context:
+            stop(
+                f"the prompt {question[:40]!r} has {len(ids):,} tokens, with --max-new-tokens "
+                f"{new_tokens:,} more than the {context:,} of {name}; shorten one of them"
+            )
+        prompts.append(ids)
+    return prompts
+
+
 @contextlib.contextmanager
 def advice_on_memory():
     """End with advice where what is run within takes more memory than the GPU has."""
@@ -458,9 +477,8 @@ def row_nll(model, head, rows, batch_size, pad_id, title):
     for part in tqdm(parts, f"perplexity, {title}", disable=HIDE_BARS, leave=False):
         batch = collate([rows[i] for i in order[part]], pad_id)
         input_ids, labels = batch["input_ids"].to(model.device), batch["labels"].to(model.device)
-        states, targets = counted(model(input_ids=input_ids, use_cache=False).logits, labels)
-        pieces = zip(states.split(256), targets.split(256), strict=True)
-        nll = torch.cat([token_nll(head, *piece) for piece in pieces]).double()
+        hidden = model(input_ids=input_ids, use_cache=False).logits
+        nll = token_nll(head, *counted(hidden, labels)).double()
         counts = (labels[:, 1:] != -100).sum(1).tolist()
         sums[order[part]] = [row.sum().item() for row in nll.split(counts)]
     return sums
@@ -521,6 +539,27 @@ def verdict(perplexity):
     ).format(word=word, interval=interval, **perplexity)
 
 
+def summarize(questions, answers, speed, perplexity):
+    """The content of eval_results.json but for its settings, from each side's answers and the perplexities."""
+    prompts = []
+    for question, *pair in zip(questions, *map(answers.get, KEYS), strict=True):
+        sides = dict(zip(KEYS, pair, strict=True))
+        prompt = {"prompt": question} | {key: side["text"] for key, side in sides.items()}
+        for what in ("stopped", "tokens"):
+            prompt |= {f"{key}_{what}": side[what] for key, side in sides.items()}
+        prompts.append(prompt)
+
+    def total(key, what):
+        return sum(answer[what] for answer in answers[key])
+
+    summary = {"verdict": verdict(perplexity), "prompts": len(questions)}
+    summary["answers_changed"] = sum(prompt["base"] != prompt["finetuned"] for prompt in prompts)
+    summary |= {f"{key}_stopped": total(key, "stopped") for key in KEYS}
+    summary |= {f"{key}_mean_tokens": total(key, "tokens") / len(prompts) for key in KEYS}
+    summary["tokens_per_second"] = speed
+    return {"summary": summary, "prompts": prompts, "perplexity": perplexity}
+
+
 def cells(text):
     """How many columns of a terminal a text takes: wide characters two, combining marks none."""
     marks = sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
@@ -558,6 +597,19 @@ def print_side_by_side(results):
             sides.append([title, "-" * width, *wrap(result[key], width)])
         for left, right in itertools.zip_longest(*sides, fillvalue=""):
             print(f"{left}{' ' * (width - cells(left))} | {right}".rstrip())
+
+
+def print_summary(summary):
+    """Print what a person can quote, with a warning where the adapter changed no answer."""
+    if not summary["answers_changed"]:
+        print("\nWARNING: no answer changed, the adapter has no effect. Was it trained enough?")
+    print("", *wrap(summary["verdict"], 78), sep="\n")
+    print(
+        "answers     {answers_changed} of {prompts} changed; stopped by themselves "
+        "{base_stopped} -> {finetuned_stopped}; mean length "
+        "{base_mean_tokens:.0f} -> {finetuned_mean_tokens:.0f} tokens\n"
+        "speed       {tokens_per_second:,.0f} tokens/s".format(**summary)
+    )
 
 
 PAGE = """<!doctype html>
@@ -645,6 +697,18 @@ def write_page(path, results, log):
     write_whole(path, page.render(results, keys=KEYS, curve=curve(log)) + "\n")
 
 
+def write_results(output, results, log):
+    """Write the results as strict JSON and, beside it, as a page."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
+        write_whole(output, text + "\n")
+        write_page(output.with_suffix(".html"), results, log)
+    except (OSError, ValueError) as error:  # ValueError: a path that is no Unicode text
+        stop(f"can't write {output} ({getattr(error, 'strerror', error)}); choose another --output")
+    print(f"saved       {output}\npage        {output.with_suffix('.html')}")
+
+
 def main(argv=None):
     args = parse_args(argv)
     if failed := getattr(sys, "last_value", None):  # in a notebook: a failed cell's frames are kept
@@ -679,19 +743,7 @@ def main(argv=None):
     context = getattr(base.config.get_text_config(), "max_position_embeddings", 2**20)
     longest = trained.get("max_seq_length") or context
 
-    def prompt_ids(question):
-        row = encode({"instruction": question, "input": "", "output": ""}, tokenizer, frame, 2**30)
-        return [
-            id for id, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100
-        ]
-
-    prompts = [prompt_ids(question) for question in questions]
-    for question, ids in zip(questions, prompts, strict=True):
-        if len(ids) + args.max_new_tokens > context:
-            stop(
-                f"the prompt {question[:40]!r} has {len(ids):,} tokens, with --max-new-tokens "
-                f"{args.max_new_tokens:,} more than the {context:,} of {name}; shorten one of them"
-            )
+    prompts = encode_prompts(questions, tokenizer, frame, args.max_new_tokens, context, name)
     rows = [encode(record, tokenizer, frame, longest) for record in records]
     rows = [row for row in rows if row["labels"][-1] != -100]
     if records and not rows:
@@ -729,64 +781,19 @@ def main(argv=None):
                 base_nll, row_nll(model, head, rows, args.batch_size, pad, "after"), tokens
             )
 
-    changed = sum(a["text"] != b["text"] for a, b in zip(before, after, strict=True))
-    results = {
-        "summary": {
-            "verdict": verdict(perplexity),
-            "prompts": len(questions),
-            "answers_changed": changed,
-            "base_stopped": sum(a["stopped"] for a in before),
-            "finetuned_stopped": sum(a["stopped"] for a in after),
-            "base_mean_tokens": sum(a["tokens"] for a in before) / len(before),
-            "finetuned_mean_tokens": sum(a["tokens"] for a in after) / len(after),
-            "tokens_per_second": speed,
-        },
-        "prompts": [
-            {
-                "prompt": question,
-                "base": a["text"],
-                "finetuned": b["text"],
-                "base_stopped": a["stopped"],
-                "finetuned_stopped": b["stopped"],
-                "base_tokens": a["tokens"],
-                "finetuned_tokens": b["tokens"],
-            }
-            for question, a, b in zip(questions, before, after, strict=True)
-        ],
-        "perplexity": perplexity,
-        "settings": vars(args)
-        | {
-            "model": name,
-            "precision": precision,
-            "load_in_4bit": load_in_4bit,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "versions": {
-                p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "scipy")
-            },
-        },
+    results = summarize(questions, {"base": before, "finetuned": after}, speed, perplexity)
+    packages = "torch transformers peft bitsandbytes scipy".split()
+    results["settings"] = vars(args) | {
+        "model": name,
+        "precision": precision,
+        "load_in_4bit": load_in_4bit,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {package: version(package) for package in packages},
     }
     print_side_by_side(results["prompts"])
-    summary = results["summary"]
-    if not changed:
-        print("\nWARNING: no answer changed, the adapter has no effect. Was it trained enough?")
-    print("", *wrap(summary["verdict"], 78), sep="\n")
-    print(
-        f"answers     {changed} of {len(questions)} changed; stopped by themselves "
-        f"{summary['base_stopped']} -> {summary['finetuned_stopped']}; mean length "
-        f"{summary['base_mean_tokens']:.0f} -> {summary['finetuned_mean_tokens']:.0f} tokens"
-    )
-    print(f"speed       {speed:,.0f} tokens/s")
-    log = read_log(folder / "training_log.jsonl")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(
-            output, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        )
-        write_page(output.with_suffix(".html"), results, log)
-    except (OSError, ValueError) as error:  # ValueError: a path that is no Unicode text
-        stop(f"can't write {output} ({getattr(error, 'strerror', error)}); choose another --output")
-    print(f"saved       {output}\npage        {output.with_suffix('.html')}")
-    return summary | {"perplexity": perplexity}
+    print_summary(results["summary"])
+    write_results(output, results, read_log(folder / "training_log.jsonl"))
+    return results["summary"] | {"perplexity": perplexity}
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ BATCH_SIZE = 4  # longest rows at once on each device; of shorter ones as many a
 GRADIENT_ACCUMULATION_STEPS = 4  # times that: 4 x 4 = 16 rows a step
 GRADIENT_CHECKPOINTING = True  # recompute activations: less memory, a third slower
 AUTO_BATCH_SIZE = False  # largest micro-batch that fits, same rows a step
-COMPILE = False  # fuse kernels: a minute at the start, faster steps
+COMPILE = False  # fuse kernels: a minute at the start; see whether your steps get faster
 SEED = 42
 # output
 OUTPUT = "output/tinyllama-k8s-qlora"  # folder
@@ -78,8 +78,8 @@ DECISIVE = """max_seq_length model load_in_4bit lora_r lora_alpha lora_dropout t
 max_steps learning_rate warmup_ratio batch_size gradient_accumulation_steps seed""".split()  # see --resume
 MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
 OUT_OF_MEMORY = (
-    "error: out of memory at one row a micro-batch; in this order: --gradient-checkpointing, a smaller "
-    "--max-seq-length, --load-in-4bit, a smaller --lora-r or fewer --target-modules, a smaller --model"
+    "error: out of memory at {} rows at once; in this order: a smaller --batch-size, --gradient-checkpointing, "
+    "a smaller --max-seq-length, --load-in-4bit, a smaller --lora-r or fewer --target-modules, a smaller --model"
 )
 SEAL = "seal.json"  # written last into a checkpoint: its run and the SHA-256 of its files
 ALPACA_TEMPLATE = (  # for tokenizers that come without a chat template
@@ -309,9 +309,12 @@ def counted(hidden, labels):
 
 
 def token_nll(head, states, targets):
-    """Negative log-likelihood in nats of each target token: shape (tokens,)."""
-    logits = head(states.to(head.weight.dtype)).float()
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    """Negative log-likelihood in nats of each target token, shape (tokens,), from 256 rows of logits at a time."""
+    nll = []
+    for part, target in zip(states.split(256), targets.split(256)):
+        logits = head(part.to(head.weight.dtype)).float()
+        nll.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+    return torch.cat(nll)
 
 
 def pretrained(auto_class, name, **kwargs):
@@ -480,17 +483,17 @@ class ResponseTrainer(transformers.Trainer):
     --batch-size of the longest rows take, so short rows go more at once, in fewer passes.
     """
 
-    head = sampler = room = None
+    head = at_once = room = None  # at_once: how many of the longest rows
     tokens = 0  # real ones seen, by all processes
 
     def _get_train_sampler(self, train_dataset=None):
         """Rows of like length in a step, in the same order however many processes share it."""
         rows = self.args.train_batch_size * WORLD_SIZE
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-        self.sampler = DistributedLengthGroupedSampler(
+        self.room = self.at_once * max(lengths)
+        return DistributedLengthGroupedSampler(
             rows, lengths=lengths, num_replicas=1, rank=0, seed=self.args.seed
         )
-        return self.sampler
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Add up the gradients of the micro-batches; out of memory, begin the step again with half the room."""
@@ -510,7 +513,7 @@ class ResponseTrainer(transformers.Trainer):
             if not should_reduce_batch_size(error):
                 raise
         if len(rows["input_ids"]) == 1 or WORLD_SIZE > 1:
-            sys.exit(OUT_OF_MEMORY)
+            sys.exit(OUT_OF_MEMORY.format(len(rows["input_ids"])))
         self.room = rows["input_ids"].numel() // 2
         say(f"out of memory: going on with {self.room:,} tokens at once, the same rows a step")
         model.zero_grad()
@@ -546,8 +549,7 @@ class ResponseTrainer(transformers.Trainer):
                 batch = self._prepare_inputs(self.data_collator(rows[part]))
                 hidden = self.model(input_ids=batch["input_ids"], use_cache=False).logits
                 states, targets = counted(hidden, batch["labels"])
-                for some in zip(states.split(256), targets.split(256)):
-                    total[0] += token_nll(self.head, *some).sum()
+                total[0] += token_nll(self.head, states, targets).sum()
                 total[1] += len(targets)
         nats, tokens = self.accelerator.reduce(total, "sum").tolist()
         self.log({"eval_loss": nats / tokens})
@@ -580,9 +582,6 @@ class TrainingLog(transformers.TrainerCallback):
             kept = [json.dumps(entry) + "\n" for entry in whole if entry["step"] <= self.first]
             write_whole(self.path, "".join(kept))
         say("  step   epoch     loss        lr  grad norm   tokens/s    MiB  time left")
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
@@ -719,8 +718,7 @@ def make_trainer(args, precision, model, head, rows, val_rows, tokenizer, total)
         data_collator=partial(collate, pad_id=pad_id),
     )
     trainer.head, trainer.model_accepts_loss_kwargs = head, True
-    at_once = rows_per_step if args.auto_batch_size else args.batch_size
-    trainer.room = at_once * max(len(ids) for ids in rows["input_ids"])
+    trainer.at_once = rows_per_step if args.auto_batch_size else args.batch_size
     return trainer
 
 

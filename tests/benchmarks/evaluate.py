@@ -53,10 +53,9 @@ frame = evaluate.chat_frame(tokenizer)
 rows = [evaluate.encode(records[i % len(records)], tokenizer, frame, 512) for i in range(number)]
 tokens = sum(label != -100 for row in rows for label in row["labels"])
 model = load()
-if hasattr(model, "modules"):
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+for module in model.modules():
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
 def plain():
     total = 0.0
     for start in range(0, len(rows), 8):
