@@ -422,10 +422,24 @@ class Rotate(torch.autograd.Function):
         return Rotate.turn(grad, *ctx.saved_tensors, -1), None, None
 
 
-def rotate_both(q, k, cos, sin, unsqueeze_dim=1):
-    """In place of apply_rotary_pos_emb in the modeling files of transformers."""
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+@contextlib.contextmanager
+def lean_rotation(model):
+    """Within it, the model's modeling file in transformers rotates by Rotate, if a trial shows the same formula."""
+
+    def rotate(q, k, cos, sin, unsqueeze_dim=1):
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+
+    modeling = sys.modules[type(model.get_base_model()).__module__]
+    plain, x = getattr(modeling, "apply_rotary_pos_emb", None), torch.arange(48.0).view(1, 2, 3, 8)
+    cos, sin = torch.arange(24.0).view(2, 1, 3, 4).repeat(1, 1, 1, 2)  # whose halves are alike
+    if plain and torch.allclose(plain(x, x, cos, sin)[0], rotate(x, x, cos, sin)[0]):
+        modeling.apply_rotary_pos_emb = rotate
+    try:
+        yield
+    finally:
+        if plain:
+            modeling.apply_rotary_pos_emb = plain
 
 
 def adapted_linear(module, x):
@@ -456,11 +470,6 @@ def put_adapter(base, args):
 
 def make_lean(model, checkpointing, compiled):
     """Swap what the layers compute with for forms that take less memory and time; the results stay the same."""
-    modeling = sys.modules[type(model.get_base_model()).__module__]
-    cos, sin = torch.arange(24.0).view(2, 1, 3, 4).repeat(1, 1, 1, 2)  # whose halves are alike
-    plain, x = getattr(modeling, "apply_rotary_pos_emb", None), torch.arange(48.0).view(1, 2, 3, 8)
-    if plain and torch.allclose(plain(x, x, cos, sin)[0], rotate_both(x, x, cos, sin)[0]):
-        modeling.apply_rotary_pos_emb = plain if compiled else rotate_both
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             module.forward = partial(adapted_linear, module)
@@ -897,7 +906,8 @@ def main(argv=None):
         path.unlink()  # left, as .saving-* is, by a kill in the middle of a write
     try:
         trainer = make_trainer(args, precision, model, head, rows, val_rows, tokenizer, total)
-        state = train(trainer, TrainingLog(trainer, run, per_epoch), whole)
+        with contextlib.nullcontext() if args.compile else lean_rotation(model):
+            state = train(trainer, TrainingLog(trainer, run, per_epoch), whole)
         if RANK == 0 and state.global_step == total:
             save_adapter(model, tokenizer, folder)
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -24,7 +24,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+)
 
 import lora_finetune as lf
 
@@ -701,15 +706,17 @@ def test_the_adapter_is_not_pickled_and_holds_lora_weights_alone(undisturbed):
 # out of memory -----------------------------------------------------------------------------------
 
 
-def out_of_memory(monkeypatch, tokens, first_step=0):
+def out_of_memory(monkeypatch, tokens, first_step=0, parts_before=0):
     """Micro-batches of more than so many tokens don't fit; returns the (rows, length) that were tried."""
     compute_loss, tried = lf.ResponseTrainer.compute_loss, []
 
     def compute(self, model, inputs, *args, **kwargs):
         tried.append(tuple(inputs["input_ids"].shape))
-        if math.prod(tried[-1]) > tokens and self.state.global_step >= first_step:
+        loss = compute_loss(self, model, inputs, *args, **kwargs)
+        late = self.state.global_step >= first_step and len(tried) > parts_before
+        if math.prod(tried[-1]) > tokens and late:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return compute_loss(self, model, inputs, *args, **kwargs)
+        return loss
 
     monkeypatch.setattr(lf.ResponseTrainer, "compute_loss", compute)
     return tried
@@ -746,19 +753,44 @@ def test_no_micro_batch_takes_more_room_than_batch_size_of_the_longest_rows(
     assert all(rows * length <= 4 * longest for rows, length in tried)
 
 
+@pytest.mark.parametrize("parts_before", [0, 2])
 def test_out_of_memory_gives_the_run_that_began_with_smaller_batches(
-    tiny, alike, tmp_path, monkeypatch, capsys
+    tiny, alike, tmp_path, monkeypatch, capsys, parts_before
 ):
     more = ["--max-steps", 3]
     began = ["--batch-size", 2, "--gradient-accumulation-steps", 8]
     lf.main(flags(tiny, alike, tmp_path / "began", *more, *began))
     tokens = row_tokens(tiny, alike)
-    tried = out_of_memory(monkeypatch, 2 * tokens)
+    tried = out_of_memory(monkeypatch, 2 * tokens, parts_before=parts_before)
     capsys.readouterr()
     lf.main(flags(tiny, alike, tmp_path / "out", *more))
-    assert [rows for rows, _ in tried] == [4] + [2] * 24
+    assert [rows for rows, _ in tried] == [4] * (parts_before + 1) + [2] * 24
     assert "out of memory" in capsys.readouterr().out
     assert_same_run(tmp_path / "out", tmp_path / "began")
+
+
+def test_each_epoch_and_each_seed_has_an_order_of_its_own(tiny, tmp_path, monkeypatch):
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    collate, steps = lf.collate, []
+
+    def watch(rows, pad_id):
+        steps.append({tuple(row["input_ids"]) for row in rows})
+        return collate(rows, pad_id)
+
+    monkeypatch.setattr(lf, "collate", watch)
+    more = ["--epochs", 2, "--batch-size", 2, "--gradient-accumulation-steps", 2]
+    for seed in 1, 7:  # the order comes from seed + epoch
+        lf.main(flags(tiny, data, tmp_path / f"out{seed}", *more, "--seed", seed))
+    epochs = [steps[start : start + 4] for start in range(0, 16, 4)]
+    assert all(len(set.union(*epoch)) == 16 for epoch in epochs)
+    assert all(epoch not in epochs[:i] for i, epoch in enumerate(epochs))
+
+
+def test_the_rotation_of_transformers_is_put_back_after_training(tiny, data, tmp_path):
+    modeling = sys.modules[LlamaForCausalLM.__module__]
+    before = modeling.apply_rotary_pos_emb
+    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 1))
+    assert modeling.apply_rotary_pos_emb is before
 
 
 def test_out_of_memory_in_the_middle_keeps_the_rows_of_a_step(tiny, alike, tmp_path, monkeypatch):
