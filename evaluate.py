@@ -688,7 +688,7 @@ def curve(log):
 <text x="90" y="246">step 1</text><text x="690" y="246" text-anchor="end">step {last}</text>
 <g fill="none" stroke-linecap="round"><polyline points="{line}" stroke="var(--after)" stroke-width="2"/>
 <path d="{dots}" stroke="var(--alarm)" stroke-width="10"/></g></svg>
-<p class="soft">Line: training loss, {ends}{measured} (nats a token).</p>"""
+<p class="soft">Line: training loss, {ends}{measured} (nats a token). Single steps vary with their rows.</p>"""
 
 
 def write_page(path, results, log):

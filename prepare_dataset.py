@@ -160,7 +160,9 @@ def read_csv(text, columns, delimiter):
             break
     else:
         wanted = " and ".join(f'"{name}"' for name, field in columns.items() if field != "input")
-        raise ValueError(f"no columns {wanted} in the first line {first[:80]!r}; see --columns")
+        raise ValueError(
+            f"no columns {wanted} in the first line {first.strip()[:80]!r}; see --columns"
+        )
     for field in FIELDS:
         if fields.count(field) > 1:
             raise ValueError(f"two columns stand for {field}; rename one in the file")
