@@ -22,7 +22,7 @@ import textwrap
 import time
 import warnings
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -468,16 +468,26 @@ def put_adapter(base, args):
     return peft.get_peft_model(base, lora)
 
 
+def lean_norm(module, x):
+    """The RMSNorm of Llama and kin: one kernel for eight."""
+    return torch.nn.functional.rms_norm(
+        x, module.weight.shape, module.weight, module.variance_epsilon
+    )
+
+
+@cache
+def with_forward(module_class, forward):
+    """A subclass that computes by `forward`; the same one for all layers, which can then share a compiled graph."""
+    return type(module_class.__name__, (module_class,), {"forward": forward})
+
+
 def make_lean(model, checkpointing, compiled):
     """Swap what the layers compute with for forms that take less memory and time; the results stay the same."""
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
-            module.forward = partial(adapted_linear, module)
-        elif hasattr(module, "variance_epsilon"):  # RMSNorm of Llama and kin: one kernel for eight
-            size, eps = module.weight.shape, module.variance_epsilon
-            module.forward = partial(
-                torch.nn.functional.rms_norm, normalized_shape=size, weight=module.weight, eps=eps
-            )
+            module.__class__ = with_forward(type(module), adapted_linear)
+        elif hasattr(module, "variance_epsilon"):
+            module.__class__ = with_forward(type(module), lean_norm)
         elif isinstance(module, GradientCheckpointingLayer):
             if compiled:  # inside the checkpoint, so that the graph is whole
                 module.forward = torch.compile(module.forward, dynamic=True)

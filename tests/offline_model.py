@@ -37,7 +37,7 @@ CONTROL = {
 }
 
 
-def write_tiny(folder, architecture="llama", template="zephyr", seed=0):
+def write_tiny(folder, architecture="llama", template="zephyr", seed=0, layers=2):
     """Write a 2-layer random model of the Llama or Phi architecture and a byte-level BPE tokenizer."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -71,7 +71,7 @@ def write_tiny(folder, architecture="llama", template="zephyr", seed=0):
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=1024,
         bos_token_id=tokenizer.bos_token_id,

@@ -14,8 +14,10 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
+import offline_model
 import peft
 import pytest
 import torch
@@ -381,6 +383,29 @@ def test_one_step_equals_a_reference_for_other_models(
     )
     rows = [{k: v.strip() for k, v in row.items()} for row in ROWS]
     loss, expected = reference_steps(folder, template, rows, False, weights)
+    assert sum(losses) == pytest.approx(loss, rel=1e-5)
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+def test_compiled_layers_share_one_graph_and_the_step_equals_the_reference(
+    tmp_path, monkeypatch, reference_steps
+):
+    folder = str(tmp_path / "model")
+    offline_model.write_tiny(folder, layers=4)
+    compile_with = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compile_with)  # the same graphs, without a C++ compiler
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    losses, gradients, weights = one_step(
+        monkeypatch, flags(folder, data, tmp_path / "out", "--compile")
+    )
+    # the first layer's input takes no gradient, so it has one of its own
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+    rows = [{k: v.strip() for k, v in row.items()} for row in ROWS]
+    loss, expected = reference_steps(folder, "zephyr", rows, False, weights)
     assert sum(losses) == pytest.approx(loss, rel=1e-5)
     for name, gradient in gradients.items():
         assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
