@@ -10,6 +10,7 @@ Writes  --output: the LoRA adapter, its tokenizer, training_log.jsonl, training_
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -878,6 +879,7 @@ def main(argv=None):
     if failed := getattr(sys, "last_value", None):  # in a notebook: a failed cell's frames are kept
         failed.__context__ = failed.__cause__ = sys.last_traceback.tb_next = None
     clear_device_cache(garbage_collection=True)  # in a notebook: what an earlier cell left
+    gc.freeze()  # a million objects of the libraries, which every collection would walk through
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries
     if HIDE_BARS:
