@@ -8,11 +8,13 @@ Writes  --output: eval_results.json, and beside it eval_results.html, a page to 
   > python evaluate.py --adapter output/tinyllama-k8s-qlora --val-data data/prepared/val.jsonl
 """
 
+# ruff: noqa: E402
 import argparse
 import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import shutil
@@ -23,6 +25,9 @@ import unicodedata
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+
+# on import it asks CPU users for a package that none needs
+logging.getLogger("bitsandbytes").setLevel("ERROR")
 
 import jinja2
 import numpy as np
@@ -706,7 +711,6 @@ def write_results(output, results, log):
         write_page(output.with_suffix(".html"), results, log)
     except (OSError, ValueError) as error:  # ValueError: a path that is no Unicode text
         stop(f"can't write {output} ({getattr(error, 'strerror', error)}); choose another --output")
-    print(f"saved       {output}\npage        {output.with_suffix('.html')}")
 
 
 def main(argv=None):
@@ -748,6 +752,11 @@ def main(argv=None):
     rows = [row for row in rows if row["labels"][-1] != -100]
     if records and not rows:
         stop(f"{args.val_data}: no row has any of its answer within {longest} tokens")
+    print(f"model       {name} in {precision} on {model.device.type}, before and after {folder}")
+    print(f"prompts     {len(prompts)} <- {args.prompts or 'built in'}")
+    if rows:
+        dropped = f"{len(records) - len(rows):,} dropped, no answer within {longest:,} tokens"
+        print(f"data        {len(rows):,} rows <- {args.val_data}; {dropped}")
     pad = tokenizer.pad_token_id
     last = max(itertools.chain([pad], *prompts, *(row["input_ids"] for row in rows)))
     if last >= len(base.get_input_embeddings().weight):
@@ -790,9 +799,10 @@ def main(argv=None):
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {package: version(package) for package in packages},
     }
+    write_results(output, results, read_log(folder / "training_log.jsonl"))
     print_side_by_side(results["prompts"])
     print_summary(results["summary"])
-    write_results(output, results, read_log(folder / "training_log.jsonl"))
+    print(f"saved       {output}\npage        {output.with_suffix('.html')}")
     return results["summary"] | {"perplexity": perplexity}
 
 

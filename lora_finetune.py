@@ -8,11 +8,13 @@ Writes  --output: the LoRA adapter, its tokenizer, training_log.jsonl, training_
     python evaluate.py --adapter output/tinyllama-k8s-qlora --val-data data/prepared/val.jsonl
 """
 
+# ruff: noqa: E402
 import argparse
 import contextlib
 import gc
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -26,6 +28,9 @@ from datetime import timedelta
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
+
+# on import it asks CPU users for a package that none needs
+logging.getLogger("bitsandbytes").setLevel("ERROR")
 
 import datasets
 import peft
@@ -914,8 +919,9 @@ def main(argv=None):
     for path in [*folder.glob("checkpoint-*"), *folder.glob(".saving-*")] if RANK == 0 else []:
         if path != whole:
             shutil.rmtree(path)
-    for path in folder.glob(".training_*") if RANK == 0 else []:
-        path.unlink()  # left, as .saving-* is, by a kill in the middle of a write
+    old = [*folder.glob("adapter_model.safetensors"), *folder.glob(".training_*")]
+    for path in old if RANK == 0 else []:
+        path.unlink()  # given up by --overwrite; left, as .saving-* is, by a kill amid a write
     try:
         trainer = make_trainer(args, precision, model, head, rows, val_rows, tokenizer, total)
         with contextlib.nullcontext() if args.compile else lean_rotation(model):
