@@ -928,6 +928,9 @@ def main(argv=None):
             state = train(trainer, TrainingLog(trainer, run, per_epoch), whole)
         if RANK == 0 and state.global_step == total:
             save_adapter(model, tokenizer, folder)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = textwrap.shorten(str(error), 150)
+        stop(f"--compile does not work here ({reason}); leave it out, or install a C++ compiler")
     except (OSError, SafetensorError, RuntimeError) as error:
         unwritten = "inline_container", "iostream"  # how torch.save says that a disk is full
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in unwritten):

@@ -411,6 +411,18 @@ def test_compiled_layers_share_one_graph_and_the_step_equals_the_reference(
         assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
+def test_compiling_without_a_compiler_ends_in_one_line(tiny, data, tmp_path, monkeypatch):
+    import torch._inductor.config as inductor
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, "/no/such/compiler"))
+    monkeypatch.setattr(inductor, "force_disable_caches", True)
+    with pytest.raises(SystemExit) as end:
+        lf.main(flags(tiny, data, tmp_path / "out", "--compile"))
+    assert end.value.code.startswith("error: --compile does not work here (")
+    assert "\n" not in end.value.code and "leave it out" in end.value.code
+
+
 def test_gradients_are_clipped_to_norm_one(tiny, tmp_path, monkeypatch):
     norms = []
 
