@@ -610,10 +610,10 @@ def print_summary(summary):
         print("\nWARNING: no answer changed, the adapter has no effect. Was it trained enough?")
     print("", *wrap(summary["verdict"], 78), sep="\n")
     print(
-        "answers     {answers_changed} of {prompts} changed; stopped by themselves "
-        "{base_stopped} -> {finetuned_stopped}; mean length "
-        "{base_mean_tokens:.0f} -> {finetuned_mean_tokens:.0f} tokens\n"
-        "speed       {tokens_per_second:,.0f} tokens/s".format(**summary)
+        "answers     {answers_changed} of {prompts} changed; "
+        "{base_stopped} -> {finetuned_stopped} stopped by themselves\n"
+        "length      {base_mean_tokens:.0f} -> {finetuned_mean_tokens:.0f} tokens on average, "
+        "at {tokens_per_second:,.0f} tokens/s".format(**summary)
     )
 
 
@@ -755,8 +755,7 @@ def main(argv=None):
     print(f"model       {name} in {precision} on {model.device.type}, before and after {folder}")
     print(f"prompts     {len(prompts)} <- {args.prompts or 'built in'}")
     if rows:
-        dropped = f"{len(records) - len(rows):,} dropped, no answer within {longest:,} tokens"
-        print(f"data        {len(rows):,} rows <- {args.val_data}; {dropped}")
+        print(f"data        {len(rows):,} of {len(records):,} rows <- {args.val_data}")
     pad = tokenizer.pad_token_id
     last = max(itertools.chain([pad], *prompts, *(row["input_ids"] for row in rows)))
     if last >= len(base.get_input_embeddings().weight):

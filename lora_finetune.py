@@ -829,7 +829,7 @@ def encode_rows(records, tokenizer, frame, max_length, path):
     cut = sum(length > max_length for length in lengths)
     median, p95 = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
     say(
-        f"data        {len(kept):,} rows <- {path}; {cut:,} cut, {len(rows) - len(kept):,} dropped, no answer left"
+        f"data        {len(kept):,} rows <- {path}; {cut:,} cut, {len(rows) - len(kept):,} dropped (no answer left)"
     )
     say(
         f"            tokens: median {median:,}, p95 {p95:,}, max {lengths[-1]:,} (--max-seq-length that cuts none)"
@@ -911,7 +911,9 @@ def main(argv=None):
     make_lean(model, args.gradient_checkpointing, args.compile)
     trained, parameters = model.get_nb_trainable_parameters()
     say(f"model       {args.model}, {memory_mib():,} MiB")
-    say(f"adapter     {trained:,} parameters are trained, {trained / parameters:.2%} of all")
+    say(
+        f"adapter     {trained:,} parameters are trained, {100 * trained / parameters:.2f} % of all"
+    )
     say(f"training    {total:,} steps of {rows_per_step} rows ({per_epoch:,} steps an epoch)")
     show_example(rows[0], tokenizer)
 

@@ -73,7 +73,8 @@ def parse_args(argv=None):
     names = "other column names, such as instruction=question output=answer"
     add("--columns", nargs="+", default=COLUMNS, metavar="FIELD=COLUMN", help=names)
     add("--encoding", default=ENCODING, help="of the input, such as windows-1252")
-    add("--delimiter", default=DELIMITER, choices=["auto", *DELIMITERS], help="of a CSV")
+    marks = ["auto", *DELIMITERS]
+    add("--delimiter", default=DELIMITER, choices=marks, metavar="MARK", help="auto , ; tab or |")
     add = parser.add_argument_group("split").add_argument
     add("--val-split", type=float, default=VAL_SPLIT, help="share of rows held out, 0 up to 1")
     add("--seed", type=int, default=SEED, help="same seed, same split")
@@ -110,15 +111,15 @@ def collect(pairs):
     return found
 
 
-def read_rows(text, kind, columns, delimiter):
+def read_rows(text, kind, columns, delimiter, unused):
     """Yield (row number, raw row, what is wrong with its form or "") for each row of an open file.
 
-    A raw row is {field: value} where its form is right. `columns` maps folded column names to fields.
-    Row numbers are what a spreadsheet shows for a CSV (its header is row 1), else the line or the
+    A raw row is {field: value} where its form is right. `columns` maps folded column names to fields;
+    the names of other columns are added to the set `unused`. Row numbers are what a spreadsheet shows for a CSV (its header is row 1), else the line or the
     position in the list. Raises ValueError where the file as a whole can't be read.
     """
     if kind in ("csv", "tsv"):
-        yield from read_csv(text, columns, delimiter)
+        yield from read_csv(text, columns, delimiter, unused)
         return
     # numbers stay as they are written: 1e5 comes out as "1e5", not as 100000.0
     as_written = dict(parse_float=str, parse_int=str, parse_constant=str)
@@ -143,11 +144,12 @@ def read_rows(text, kind, columns, delimiter):
         if not isinstance(item, dict):
             yield number, item, reason
             continue
-        folded = ((key.strip().casefold(), value) for key, value in item.items())
-        yield number, collect((columns[key], value) for key, value in folded if key in columns), ""
+        folded = collect((key.strip().casefold(), value) for key, value in item.items())
+        unused |= folded.keys() - columns.keys()
+        yield number, {columns[key]: value for key, value in folded.items() if key in columns}, ""
 
 
-def read_csv(text, columns, delimiter):
+def read_csv(text, columns, delimiter, unused):
     """Yield the rows of a CSV like read_rows; the delimiter is the one that finds the columns in the header."""
     csv.field_size_limit(2**31 - 1)  # else a long cell is an error
     first = text.readline()
@@ -161,11 +163,13 @@ def read_csv(text, columns, delimiter):
     else:
         wanted = " and ".join(f'"{name}"' for name, field in columns.items() if field != "input")
         raise ValueError(
-            f"no columns {wanted} in the first line {first.strip()[:80]!r}; see --columns"
+            f"no columns {wanted} in the first line {first.strip()[:80]!r}; "
+            "name yours, --columns instruction=... output=..."
         )
     for field in FIELDS:
         if fields.count(field) > 1:
             raise ValueError(f"two columns stand for {field}; rename one in the file")
+    unused |= set(names) - columns.keys()
 
     reader = csv.reader(itertools.chain([first], text), delimiter=mark, strict=True)
     for number in itertools.count(1):
@@ -283,12 +287,12 @@ def main(argv=None):
     columns = {name.strip().casefold(): field for field, name in names.items()}
     if len(columns) < len(FIELDS):
         sys.exit("error: --columns: one column stands for two fields; name another")
-    lines, keys, lengths, rejected, known = [], [], [], [], set()
+    lines, keys, lengths, rejected, known, unused = [], [], [], [], set(), set()
     as_json = json.JSONEncoder(ensure_ascii=False).encode
     read = 0
     try:
         with open_text(source, args.encoding) as text:
-            rows = read_rows(text, kind, columns, args.delimiter)
+            rows = read_rows(text, kind, columns, args.delimiter, unused)
             shown = tqdm(rows, "reading", unit=" rows", disable=None, leave=False, delay=2)
             for number, raw, reason in shown:
                 read += 1
@@ -317,7 +321,9 @@ def main(argv=None):
         first = rejected[0]["row"]
         sys.exit(f"error: {source}: {complaint}, first in row {first}; mend them or drop --strict")
     if not lines:
-        sys.exit(f"error: {source}: no usable row ({complaint or 'it is empty'}); see --columns")
+        sys.exit(
+            f"error: {source}: no usable row ({complaint or 'it is empty'}); name your columns with --columns"
+        )
 
     held_out = split_rows(keys, args.val_split, args.seed)
     files = {
@@ -338,6 +344,8 @@ def main(argv=None):
     }
     for name, (count, note) in report.items():
         print(f"{name:<10} {count:>9,} rows {note}")
+    if unused:
+        print(f"columns    not used: {repr(sorted(unused))[1:160].rstrip(']')}; see --columns")
     median, p95 = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
     print(f"length     median {median:,}, p95 {p95:,}, max {lengths[-1]:,} words a row")
     print(f"next: python lora_finetune.py --dataset {folder}")

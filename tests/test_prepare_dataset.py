@@ -369,6 +369,20 @@ def test_more_rows_move_few_old_ones(tmp_path):
     assert len(moved) <= 8
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.csv", "instruction,Context\x1b,output,label\nq,c,a,l\n"),
+        ("a.jsonl", [{"instruction": "q", "Context\x1b": "c", "output": "a", "label": "l"}]),
+    ],
+)
+def test_columns_that_are_left_out_are_named(tmp_path, capsys, name, content):
+    kept(tmp_path, name, content)
+    assert "columns    not used: 'context\\x1b', 'label'; see --columns" in capsys.readouterr().out
+    kept(tmp_path, "b.jsonl", [row("q")])
+    assert "not used" not in capsys.readouterr().out
+
+
 def test_conflicting_answers_are_counted_and_stay_on_one_side(tmp_path):
     rows = [row(f"Question {n // 4}", input="x" * (n % 2), output=f"answer {n}") for n in range(80)]
     rows += [row("question   3 ", output="ANSWER 12"), row("alone")]
