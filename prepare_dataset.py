@@ -288,7 +288,7 @@ def main(argv=None):
     if len(columns) < len(FIELDS):
         sys.exit("error: --columns: one column stands for two fields; name another")
     lines, keys, lengths, rejected, known, unused = [], [], [], [], set(), set()
-    as_json = json.JSONEncoder(ensure_ascii=False).encode
+    as_json = json.encoder.encode_basestring  # a JSON string, as ensure_ascii=False writes it
     read = 0
     try:
         with open_text(source, args.encoding) as text:
