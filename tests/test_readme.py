@@ -5,12 +5,13 @@ import re
 from pathlib import Path
 
 import gguf
+import offline_model
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import processors
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
 
 import lora_finetune
 
@@ -115,25 +116,60 @@ def test_merged_folder_holds_16_bit_weights_and_the_template(merged, home):
     assert AutoTokenizer.from_pretrained(merged).chat_template == trained.chat_template
 
 
-def modelfile():
-    """TEMPLATE and stop of the Modelfile in the manual."""
-    (text,) = [block for block in blocks("") if block.startswith("FROM")]
+def for_ollama(tokenizer, folder, monkeypatch):
+    """Run the third recipe on this tokenizer; return TEMPLATE and stop of the Modelfile it writes."""
+    tokenizer.save_pretrained(folder / "output/tinyllama-k8s-qlora")
+    monkeypatch.chdir(folder)
+    exec(blocks("python")[2], {})
+    text = Path("Modelfile").read_text(encoding="utf-8")
+    assert text.startswith("FROM ./model.gguf\n") and "--outfile model.gguf" in README
     template = re.search(r'^TEMPLATE """(.*?)"""$', text, re.DOTALL | re.MULTILINE)[1]
     return template, re.search(r'^PARAMETER stop "(.*)"$', text, re.MULTILINE)[1]
 
 
-@pytest.mark.parametrize("template", ["zephyr", TINYLLAMA], ids=["zephyr", "TinyLlama's own"])
-def test_the_modelfile_gives_the_prompt_and_the_stop_of_training(template, tiny):
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    if template != "zephyr":
-        tokenizer.chat_template = template
+def trained_row(tokenizer):
+    """Ids of the prompt, and of the token that ends the answer, as training has them."""
     frame = lora_finetune.chat_frame(tokenizer)
     record = {"instruction": QUESTION, "input": "", "output": "With kubectl."}
     row = lora_finetune.encode(record, tokenizer, frame, 512)
     prompt = [id for id, label in zip(row["input_ids"], row["labels"]) if label == -100]
-    text, stop = modelfile()
+    return prompt, row["labels"][-1]
+
+
+TEMPLATES = {
+    "zephyr": offline_model.TEMPLATES["zephyr"],
+    "TinyLlama's own": TINYLLAMA,
+    "begins with BOS": offline_model.TEMPLATES["zephyr"].replace("{%", "{{ bos_token }}{%", 1),
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_the_modelfile_gives_the_prompt_and_the_stop_of_training(
+    template, tiny, tmp_path, monkeypatch
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = template
+    prompt, last = trained_row(tokenizer)
+    text, stop = for_ollama(tokenizer, tmp_path, monkeypatch)
     assert text.replace("{{ .Prompt }}", QUESTION) == tokenizer.decode(prompt)
-    assert tokenizer.convert_tokens_to_ids(stop) == row["labels"][-1]
+    assert tokenizer.convert_tokens_to_ids(stop) == last
+
+
+@pytest.mark.parametrize("template", [TINYLLAMA, TEMPLATES["begins with BOS"]], ids=["text", "BOS"])
+def test_a_blank_before_the_text_only_is_told_to_llama_cpp(template, tmp_path, monkeypatch):
+    """As TinyLlama's tokenizer has it. Left alone, llama.cpp puts a blank after every </s> too."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    vocab = {piece: id for id, piece in enumerate(pieces)}
+    tokenizer = LlamaTokenizer(vocab=vocab, merges=[], legacy=False)
+    tokenizer.chat_template = template
+    prompt, _ = trained_row(tokenizer)
+    text, _ = for_ollama(tokenizer, tmp_path, monkeypatch)
+    config = json.loads(Path("output/merged/tokenizer_config.json").read_text())
+    assert config["add_prefix_space"] is False
+    plain = tokenizer.backend_tokenizer
+    plain.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    ids = plain.encode(text.replace("{{ .Prompt }}", QUESTION), add_special_tokens=False).ids
+    assert ids == prompt
 
 
 def test_llama_cpp_finds_template_and_end_token_in_the_merged_folder(merged):
@@ -143,15 +179,16 @@ def test_llama_cpp_finds_template_and_end_token_in_the_merged_folder(merged):
     assert found.special_token_ids["eos"] == tokenizer.eos_token_id
 
 
-def test_llama_cpp_puts_no_bos_first_once_the_config_says_so(merged, tmp_path):
-    """As the manual says of models whose tokenizer adds one, such as TinyLlama."""
-    tokenizer = AutoTokenizer.from_pretrained(merged)
+def test_llama_cpp_puts_no_bos_first(tiny, tmp_path, monkeypatch):
+    """Though the tokenizer adds one by itself, as that of TinyLlama does."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
-    tokenizer.save_pretrained(tmp_path)
-    assert gguf.SpecialVocab(tmp_path).add_special_token["bos"] is True
-    assert '`"add_bos_token": false`' in README
-    path = tmp_path / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": False}))
-    assert gguf.SpecialVocab(tmp_path).add_special_token["bos"] is False
+    for_ollama(tokenizer, tmp_path, monkeypatch)
+    assert gguf.SpecialVocab("output/tinyllama-k8s-qlora").add_special_token["bos"] is True
+    assert gguf.SpecialVocab("output/merged").add_special_token["bos"] is False
+    # newer releases of llama.cpp believe this file, not the config
+    assert "<s>" not in json.dumps(
+        json.loads(Path("output/merged/tokenizer.json").read_text())["post_processor"]
+    )

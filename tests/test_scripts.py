@@ -29,6 +29,7 @@ SCRIPTS = {
 }
 each_script = pytest.mark.parametrize("name", SCRIPTS)
 OTHER_TOOLS = {  # flags that the manual mentions and that belong to other programs
+    "--depth",  # git clone
     "--nproc-per-node",  # torchrun
     "--num-processes",  # accelerate launch
     "--outfile",  # convert_hf_to_gguf.py
