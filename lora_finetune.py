@@ -766,6 +766,8 @@ def save_adapter(model, tokenizer, folder):
     expected = peft.get_peft_model_state_dict(model)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
         model.save_pretrained(aside, save_embedding_layers=False)
+        if hasattr(tokenizer, "legacy"):  # transformers forgets it; blanks would then be split anew
+            tokenizer.init_kwargs["legacy"] = tokenizer.legacy
         tokenizer.save_pretrained(aside)
         saved = load_file(Path(aside, "adapter_model.safetensors"))
         finite = all(weight.isfinite().all() for weight in saved.values())

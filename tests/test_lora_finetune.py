@@ -31,6 +31,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     LlamaForCausalLM,
+    LlamaTokenizer,
 )
 
 import lora_finetune as lf
@@ -421,6 +422,21 @@ def test_compiling_without_a_compiler_ends_in_one_line(tiny, data, tmp_path, mon
         lf.main(flags(tiny, data, tmp_path / "out", "--compile"))
     assert end.value.code.startswith("error: --compile does not work here (")
     assert "\n" not in end.value.code and "leave it out" in end.value.code
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_saved_tokenizer_splits_as_the_one_of_training(tiny, data, tmp_path, legacy):
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3, "a": 4, "\n": 5, "\u2581a": 6}
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    tokenizer = LlamaTokenizer(vocab=vocab, merges=[("\u2581", "a")], legacy=legacy)
+    tokenizer.chat_template = AutoTokenizer.from_pretrained(tiny).chat_template
+    tokenizer.init_kwargs["legacy"] = legacy
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    tokenizer.save_pretrained(folder)
+    lf.main(flags(folder, data, tmp_path / "out"))
+    text = "<s> a</s>\n a</s>a"
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(folder)(text) == tokenizer(text) == saved(text)
 
 
 def test_gradients_are_clipped_to_norm_one(tiny, tmp_path, monkeypatch):
