@@ -388,6 +388,8 @@ def load_base(name, device, precision, load_in_4bit):
     )
     if info["missing_keys"]:
         stop(f"{name} lacks weights, such as {sorted(info['missing_keys'])[0]}; download it again")
+    # cuDNN attention plans anew for each length, which costs more than it gives
+    torch.backends.cuda.enable_cudnn_sdp(False)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # else the first evaluation repacks the weights in place, and nothing after it is right

@@ -71,7 +71,7 @@ BATCH_SIZE = 4  # longest rows at once on each device; of shorter ones as many a
 GRADIENT_ACCUMULATION_STEPS = 4  # times that: 4 x 4 = 16 rows a step
 GRADIENT_CHECKPOINTING = True  # recompute activations: less memory, a third slower
 AUTO_BATCH_SIZE = False  # largest micro-batch that fits, same rows a step
-COMPILE = False  # fuse kernels: a minute at the start; see whether your steps get faster
+COMPILE = False  # fuse kernels: half a minute or more at the start, for long runs on a GPU
 SEED = 42
 # output
 OUTPUT = "output/tinyllama-k8s-qlora"  # folder
@@ -379,6 +379,8 @@ def load_base(name, device, precision, load_in_4bit):
     )
     if info["missing_keys"]:
         stop(f"{name} lacks weights, such as {sorted(info['missing_keys'])[0]}; download it again")
+    # cuDNN attention plans anew for each length, which costs more than it gives
+    torch.backends.cuda.enable_cudnn_sdp(False)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # else the first evaluation repacks the weights in place, and nothing after it is right
@@ -799,8 +801,6 @@ def choose_device(args):
     device = int(os.environ.get("LOCAL_RANK", 0))
     torch.cuda.set_device(device)
     torch.cuda.reset_peak_memory_stats()
-    # cuDNN attention plans anew for each length, which costs more than it gives
-    torch.backends.cuda.enable_cudnn_sdp(False)
     name = torch.cuda.get_device_name(device)
     if args.precision == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
         stop(f"--precision bf16: {name} only emulates it, slowly; use fp16")

@@ -77,6 +77,7 @@ with torch.inference_mode():
     plain()  # warm
     rows = kept
     for way in (plain, ours):
+        torch.backends.cuda.enable_cudnn_sdp(way is plain)  # evaluate.load_base turns it off
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         began = time.monotonic()
