@@ -491,6 +491,8 @@ def with_forward(module_class, forward):
 
 def make_lean(model, checkpointing, compiled):
     """Swap what the layers compute with for forms that take less memory and time; the results stay the same."""
+    if compiled:  # graphs differ by training or not, one row or more, first layer or later, lengths of 8n or not
+        torch._dynamo.config.recompile_limit = 32
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             module.__class__ = with_forward(type(module), adapted_linear)

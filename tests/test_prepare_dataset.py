@@ -383,6 +383,17 @@ def test_columns_that_are_left_out_are_named(tmp_path, capsys, name, content):
     assert "not used" not in capsys.readouterr().out
 
 
+def test_a_reader_of_the_output_that_leaves_early_does_no_harm(tmp_path):
+    source = write(tmp_path / "a.jsonl", [row("q")])
+    command = [sys.executable, str(ROOT / "prepare_dataset.py"), "--input", source]
+    command += ["--output", str(tmp_path / "out")]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert len(lines(tmp_path / "out/train.jsonl")) == 1
+
+
 def test_conflicting_answers_are_counted_and_stay_on_one_side(tmp_path):
     rows = [row(f"Question {n // 4}", input="x" * (n % 2), output=f"answer {n}") for n in range(80)]
     rows += [row("question   3 ", output="ANSWER 12"), row("alone")]
