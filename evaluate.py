@@ -812,5 +812,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("error: interrupted; nothing was written")
-    except BrokenPipeError:  # the reader of what is printed, such as head, has left; the files are written
+    except BrokenPipeError:  # the reader, such as head, has left; the files are written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
