@@ -397,6 +397,18 @@ def load_base(name, device, precision, load_in_4bit):
     return model
 
 
+def as_trained(args, adapter, trained):
+    """Base model, precision and whether to load in 4 bits: what the flags say, else as in training."""
+    name = args.model or adapter.get("base_model_name_or_path")
+    if not (name and isinstance(name, str)):
+        stop(f"{args.adapter} does not say what it was trained on; pass that as --model")
+    precision = args.precision or trained.get("precision", "fp16")
+    load_in_4bit = args.load_in_4bit
+    if load_in_4bit is None:
+        load_in_4bit = trained.get("load_in_4bit", True)
+    return name, precision if torch.cuda.is_available() else "fp32", load_in_4bit
+
+
 def load_model(name, folder, precision, load_in_4bit, expected):
     """Load the base and put the adapter on it, checking that the two belong together."""
     device = 0 if torch.cuda.is_available() else "cpu"
@@ -431,6 +443,23 @@ def encode_prompts(questions, tokenizer, frame, new_tokens, context, name):
             )
         prompts.append(ids)
     return prompts
+
+
+def stop_tokens(model, tokenizer, frame):
+    """The token ids that end an answer: end of text and end of turn, as tokenizer, template and model name them."""
+    end_of_turn = tokenizer(frame[2], add_special_tokens=False)["input_ids"][-1:]
+    named = np.atleast_1d(model.generation_config.eos_token_id or []).tolist()
+    return {tokenizer.eos_token_id, *end_of_turn, *named}
+
+
+def check_finite(model, prompt, folder):
+    """Refuse an adapter with which the model computes NaN or infinity."""
+    probe = torch.tensor([prompt[-8:]], device=model.device)
+    if not model(input_ids=probe).logits.isfinite().all():
+        stop(
+            f"with the adapter {folder} the model computes no finite numbers: its training went "
+            "wrong; train it again with a lower --learning-rate"
+        )
 
 
 @contextlib.contextmanager
@@ -521,6 +550,15 @@ def compare(base, finetuned, tokens):
         "rows": len(tokens),
         "rows_improved": int((difference < 0).sum()),
     }
+
+
+def measure_perplexity(model, rows, batch_size, pad_id):
+    """What compare says of one model on encoded rows, its adapter off and on; takes the model's head off."""
+    tokens = np.array([sum(label != -100 for label in row["labels"]) for row in rows])
+    with model.disable_adapter():
+        head = take_head(model.get_base_model())
+        before = row_nll(model, head, rows, batch_size, pad_id, "before")
+    return compare(before, row_nll(model, head, rows, batch_size, pad_id, "after"), tokens)
 
 
 def write_whole(path, text):
@@ -732,14 +770,7 @@ def main(argv=None):
     records = read_jsonl(args.val_data) if args.val_data else []
     read = [args.prompts or "", args.val_data or "", *folder.glob("*config.json")]
     check_target(output, [*read, folder / "tokenizer.json"])
-    name = args.model or adapter.get("base_model_name_or_path")
-    if not (name and isinstance(name, str)):
-        stop(f"{folder} does not say what it was trained on; pass that as --model")
-    precision = args.precision or trained.get("precision", "fp16")
-    precision = precision if torch.cuda.is_available() else "fp32"
-    load_in_4bit = (
-        trained.get("load_in_4bit", True) if args.load_in_4bit is None else args.load_in_4bit
-    )
+    name, precision, load_in_4bit = as_trained(args, adapter, trained)
 
     own_tokenizer = (folder / "tokenizer_config.json").exists()
     tokenizer = pretrained(AutoTokenizer, folder if own_tokenizer else name)
@@ -764,32 +795,17 @@ def main(argv=None):
         stop(
             f"the tokenizer of {folder} has tokens that {name} lacks; pass the --model it was trained on"
         )
-    end_of_turn = tokenizer(frame[2], add_special_tokens=False)["input_ids"][-1:]
-    stops = {tokenizer.eos_token_id, *end_of_turn}
-    stops |= set(np.atleast_1d(base.generation_config.eos_token_id or []).tolist())
+    stops = stop_tokens(base, tokenizer, frame)
     with (
         advice_on_memory(),
         torch.inference_mode(),
         torch.autocast(model.device.type, enabled=precision != "fp32", dtype=base.dtype),
     ):
-        probe = torch.tensor([prompts[0][-8:]], device=model.device)
-        if not model(input_ids=probe).logits.isfinite().all():
-            stop(
-                f"with the adapter {folder} the model computes no finite numbers: its training went "
-                "wrong; train it again with a lower --learning-rate"
-            )
+        check_finite(model, prompts[0], folder)
         with model.disable_adapter():
             before, _ = generate(model, tokenizer, prompts, stops, args, "before")
         after, speed = generate(model, tokenizer, prompts, stops, args, "after")
-        perplexity = None
-        if rows:
-            tokens = np.array([sum(label != -100 for label in row["labels"]) for row in rows])
-            with model.disable_adapter():
-                head = take_head(base)
-                base_nll = row_nll(model, head, rows, args.batch_size, pad, "before")
-            perplexity = compare(
-                base_nll, row_nll(model, head, rows, args.batch_size, pad, "after"), tokens
-            )
+        perplexity = measure_perplexity(model, rows, args.batch_size, pad) if rows else None
 
     results = summarize(questions, {"base": before, "finetuned": after}, speed, perplexity)
     packages = "torch transformers peft bitsandbytes scipy".split()
