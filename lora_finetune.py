@@ -87,6 +87,7 @@ OUT_OF_MEMORY = (
     "error: out of memory at {} rows at once; in this order: a smaller --batch-size, --gradient-checkpointing, "
     "a smaller --max-seq-length, --load-in-4bit, a smaller --lora-r or fewer --target-modules, a smaller --model"
 )
+PID = "running.pid"  # number of the process that writes to the output folder
 SEAL = "seal.json"  # written last into a checkpoint: its run and the SHA-256 of its files
 ALPACA_TEMPLATE = (  # for tokenizers that come without a chat template
     "{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -860,6 +861,27 @@ def check_output(args):
     return folder
 
 
+def claim(folder):
+    """Put the number of this process into the output folder; refuses one that a living process writes to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / PID
+    with contextlib.suppress(FileNotFoundError, ValueError, psutil.Error):
+        owner = psutil.Process(int(mark.read_text()))
+        lives = owner.status() != psutil.STATUS_ZOMBIE and owner.pid != os.getpid()
+        if lives and owner.create_time() < mark.stat().st_mtime:  # else its number was given anew
+            stop(f"process {owner.pid} is writing to {folder}; end it or choose another --output")
+    write_whole(mark, str(os.getpid()))
+
+
+def clear(folder, whole):
+    """Remove what earlier runs left, but the checkpoint to go on from: given up, or cut short by a kill."""
+    for path in [*folder.glob("checkpoint-*"), *folder.glob(".saving-*")]:
+        if path != whole:
+            shutil.rmtree(path)
+    for path in [*folder.glob("adapter_model.safetensors"), *folder.glob(".training_*")]:
+        path.unlink()
+
+
 def show_example(row, tokenizer):
     """Print one row as the model sees it, apart what it reads and what it learns to write."""
     written = [id for id in row["labels"] if id != -100]
@@ -921,14 +943,11 @@ def main(argv=None):
     say(f"training    {total:,} steps of {rows_per_step} rows ({per_epoch:,} steps an epoch)")
     show_example(rows[0], tokenizer)
 
-    whole = find_checkpoint(folder, run) if args.resume else None
-    for path in [*folder.glob("checkpoint-*"), *folder.glob(".saving-*")] if RANK == 0 else []:
-        if path != whole:
-            shutil.rmtree(path)
-    old = [*folder.glob("adapter_model.safetensors"), *folder.glob(".training_*")]
-    for path in old if RANK == 0 else []:
-        path.unlink()  # given up by --overwrite; left, as .saving-* is, by a kill amid a write
     try:
+        whole = find_checkpoint(folder, run) if args.resume else None
+        if RANK == 0:
+            claim(folder)
+            clear(folder, whole)
         trainer = make_trainer(args, precision, model, head, rows, val_rows, tokenizer, total)
         with contextlib.nullcontext() if args.compile else lean_rotation(model):
             state = train(trainer, TrainingLog(trainer, run, per_epoch), whole)
@@ -953,6 +972,7 @@ def main(argv=None):
         write_config(args, precision, run, model, len(rows), source, result)
         for path in folder.glob("checkpoint-*"):
             shutil.rmtree(path)
+        (folder / PID).unlink(missing_ok=True)
     say(f"next: python evaluate.py --adapter {folder} --val-data {val_source or 'FILE.jsonl'}")
     return result
 

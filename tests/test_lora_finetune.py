@@ -11,6 +11,7 @@ import pickle
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -437,6 +438,27 @@ def test_the_saved_tokenizer_splits_as_the_one_of_training(tiny, data, tmp_path,
     text = "<s> a</s>\n a</s>a"
     saved = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert AutoTokenizer.from_pretrained(folder)(text) == tokenizer(text) == saved(text)
+
+
+def test_a_folder_that_another_process_writes_to_is_left_alone(tiny, data, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    mark = folder / lf.PID
+    mark.write_text(str(other.pid))
+    os.utime(mark, (time.time() + 1, time.time() + 1))
+    with pytest.raises(SystemExit) as end:
+        lf.main(flags(tiny, data, folder))
+    assert end.value.code.startswith(f"error: process {other.pid} is writing to {folder}; ")
+    assert list(folder.iterdir()) == [mark]
+    os.utime(mark, (1, 1))  # older than that process: its number was given anew
+    lf.main(flags(tiny, data, folder))
+    mark.write_text(str(other.pid))
+    other.kill()
+    time.sleep(0.1)  # a zombie by then
+    lf.main(flags(tiny, data, folder, "--overwrite"))
+    assert not mark.exists()
+    other.wait()
 
 
 def test_gradients_are_clipped_to_norm_one(tiny, tmp_path, monkeypatch):
