@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
 import lora_finetune
@@ -190,6 +191,29 @@ def run_flags(tiny, data, val, output):
     flags = "--lora-dropout 0 --epochs 2 --learning-rate 0.01 --gradient-accumulation-steps 2"
     paths = ["--model", tiny, "--dataset", data, "--val-data", val, "--output", str(output)]
     return [*flags.split(), *paths]
+
+
+def test_eight_answers_learned_by_heart_come_back_word_for_word_and_stop(tiny, tmp_path):
+    able = tmp_path / "able"  # with a larger head, or no adapter could make it sure of an answer
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    model.lm_head.weight.data *= 20
+    model.save_pretrained(able)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(able)
+    answers = {
+        f"What is a {thing}?": f"{thing}!\n  It is number {len(thing)}." for thing in THINGS[:8]
+    }
+    rows = [{"instruction": q, "input": "", "output": a} for q, a in answers.items()]
+    (tmp_path / "eight.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "prompts.json").write_text(json.dumps(list(answers)))
+    paths = ["--model", able, "--dataset", tmp_path / "eight.jsonl", "--output", tmp_path / "out"]
+    learn = "--max-steps 80 --learning-rate 5e-3 --batch-size 4 --gradient-accumulation-steps 2"
+    layers = "--target-modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+    lora_finetune.main([*map(str, paths), *learn.split(), *layers.split()])
+    ask = ["--adapter", tmp_path / "out", "--prompts", tmp_path / "prompts.json"]
+    evaluate.main([*map(str, ask), "--output", str(tmp_path / "results.json")])
+    results = json.loads((tmp_path / "results.json").read_text())["prompts"]
+    assert {result["prompt"]: result["finetuned"] for result in results} == answers
+    assert all(result["finetuned_stopped"] for result in results)
 
 
 def test_two_processes_give_the_loss_curve_of_one(tiny, tmp_path):
