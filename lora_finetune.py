@@ -723,7 +723,7 @@ def make_trainer(args, precision, model, head, rows, val_rows, tokenizer, total)
         per_device_train_batch_size=rows_per_step,
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=min(math.ceil(args.warmup_ratio * total), total - 1),
+        warmup_steps=min(round(args.warmup_ratio * total), total - 1),  # the first at rate 0
         max_grad_norm=MAX_GRAD_NORM,
         fp16=precision == "fp16",
         bf16=precision == "bf16",
