@@ -122,7 +122,10 @@ def parse_args(argv=None):
 
 def stop(message):
     """End with one line on stderr; of many processes, the first speaks for all."""
-    sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)  # the launcher ends all when one has ended: the first must have spoken
+        sys.exit(1)
+    sys.exit(f"error: {message}")
 
 
 def read_jsonl(path):

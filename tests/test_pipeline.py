@@ -273,9 +273,19 @@ def test_an_error_in_the_second_process_ends_both(tiny, tmp_path):
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_a_mistake_is_told_once_by_two_processes(tiny, tmp_path):
+LATE = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import lora_finetune
+time.sleep(os.environ["RANK"] == "0")
+lora_finetune.main()
+"""
+
+
+def test_a_mistake_is_told_once_by_two_processes_even_if_the_first_is_late(tiny, tmp_path):
     flags = run_flags(tiny, tmp_path / "nowhere.jsonl", tmp_path / "v.jsonl", tmp_path / "out")
-    done = two_processes(ROOT / "lora_finetune.py", *flags, "--batch-size", "2")
+    (tmp_path / "late.py").write_text(LATE)
+    done = two_processes(tmp_path / "late.py", *flags, "--batch-size", "2")
     assert done.returncode != 0
     told = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(told) == 1 and "nowhere.jsonl" in told[0]
