@@ -115,8 +115,9 @@ def read_rows(text, kind, columns, delimiter, unused):
     """Yield (row number, raw row, what is wrong with its form or "") for each row of an open file.
 
     A raw row is {field: value} where its form is right. `columns` maps folded column names to fields;
-    the names of other columns are added to the set `unused`. Row numbers are what a spreadsheet shows for a CSV (its header is row 1), else the line or the
-    position in the list. Raises ValueError where the file as a whole can't be read.
+    the names of other columns are added to the set `unused`. Row numbers are what a spreadsheet shows
+    for a CSV (its header is row 1), else the line or the position in the list. Raises ValueError where
+    the file as a whole can't be read.
     """
     if kind in ("csv", "tsv"):
         yield from read_csv(text, columns, delimiter, unused)

@@ -17,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import offline_model  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +39,17 @@ def tiny_models(tmp_path_factory):
 def tiny(tiny_models):
     """Folder of the tiny Llama with TinyLlama's chat template."""
     return tiny_models()
+
+
+@pytest.fixture(scope="session")
+def able(tiny, tmp_path_factory):
+    """The tiny model with a larger head, or no adapter could make it sure of an answer."""
+    folder = tmp_path_factory.mktemp("able")
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    model.lm_head.weight.data *= 20
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    return str(folder)
 
 
 def without_privileges(call):

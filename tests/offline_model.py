@@ -38,7 +38,7 @@ CONTROL = {
 
 
 def write_tiny(folder, architecture="llama", template="zephyr", seed=0, layers=2):
-    """Write a 2-layer random model of the Llama or Phi architecture and a byte-level BPE tokenizer."""
+    """Write a small random model of the Llama or Phi architecture and a byte-level BPE tokenizer."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PreTrainedTokenizerFast

@@ -66,6 +66,7 @@ ROWS = [
     }
     for i in range(16)
 ]
+STRIPPED = [{key: text.strip() for key, text in row.items()} for row in ROWS]
 
 
 def write_jsonl(path, rows):
@@ -348,6 +349,15 @@ def one_step(monkeypatch, arguments):
     return losses, gradients, weights
 
 
+def assert_equals_reference(losses, gradients, reference):
+    loss, expected = reference
+    assert sum(losses) == pytest.approx(loss, rel=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert expected[name].norm() > 0
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
 @pytest.mark.parametrize("batch, accumulation", [(4, 4), (8, 2), (16, 1), (1, 16)])
 @pytest.mark.parametrize(
     "precision, count",
@@ -361,16 +371,11 @@ def test_one_step_equals_a_reference_by_hand(
     losses, gradients, weights = one_step(
         monkeypatch, flags(tiny, data, tmp_path / "out", precision, *split)
     )
-    rows = [{k: v.strip() for k, v in row.items()} for row in ROWS[:count]]
     nf4 = precision == "--load-in-4bit"
-    loss, expected = reference_steps(tiny, "zephyr", rows, nf4, weights)
+    loss, _ = reference = reference_steps(tiny, "zephyr", STRIPPED[:count], nf4, weights)
     assert len(losses) == 1 if accumulation == 1 else 1 < len(losses) <= accumulation
-    assert sum(losses) == pytest.approx(loss, rel=1e-5)
     assert read_log(tmp_path / "out")[0]["loss"] == pytest.approx(loss, rel=1e-4)
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        assert expected[name].norm() > 0
-        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+    assert_equals_reference(losses, gradients, reference)
 
 
 @pytest.mark.parametrize("switch", ["--gradient-checkpointing", "--no-gradient-checkpointing"])
@@ -383,11 +388,8 @@ def test_one_step_equals_a_reference_for_other_models(
     losses, gradients, weights = one_step(
         monkeypatch, flags(folder, data, tmp_path / "out", switch)
     )
-    rows = [{k: v.strip() for k, v in row.items()} for row in ROWS]
-    loss, expected = reference_steps(folder, template, rows, False, weights)
-    assert sum(losses) == pytest.approx(loss, rel=1e-5)
-    for name, gradient in gradients.items():
-        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+    reference = reference_steps(folder, template, STRIPPED, False, weights)
+    assert_equals_reference(losses, gradients, reference)
 
 
 def test_compiled_layers_share_one_graph_and_the_step_equals_the_reference(
@@ -406,11 +408,8 @@ def test_compiled_layers_share_one_graph_and_the_step_equals_the_reference(
     # the first layer's input takes no gradient, so it has one of its own
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
-    rows = [{k: v.strip() for k, v in row.items()} for row in ROWS]
-    loss, expected = reference_steps(folder, "zephyr", rows, False, weights)
-    assert sum(losses) == pytest.approx(loss, rel=1e-5)
-    for name, gradient in gradients.items():
-        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+    reference = reference_steps(folder, "zephyr", STRIPPED, False, weights)
+    assert_equals_reference(losses, gradients, reference)
 
 
 def test_compiling_without_a_compiler_ends_in_one_line(tiny, data, tmp_path, monkeypatch):

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
 import lora_finetune
@@ -193,12 +192,7 @@ def run_flags(tiny, data, val, output):
     return [*flags.split(), *paths]
 
 
-def test_eight_answers_learned_by_heart_come_back_word_for_word_and_stop(tiny, tmp_path):
-    able = tmp_path / "able"  # with a larger head, or no adapter could make it sure of an answer
-    model = AutoModelForCausalLM.from_pretrained(tiny)
-    model.lm_head.weight.data *= 20
-    model.save_pretrained(able)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(able)
+def test_eight_answers_learned_by_heart_come_back_word_for_word_and_stop(able, tmp_path):
     answers = {
         f"What is a {thing}?": f"{thing}!\n  It is number {len(thing)}." for thing in THINGS[:8]
     }
@@ -273,9 +267,8 @@ def test_an_error_in_the_second_process_ends_both(tiny, tmp_path):
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-LATE = f"""
-import os, sys, time
-sys.path.insert(0, {str(ROOT)!r})
+LATE = """
+import os, time
 import lora_finetune
 time.sleep(os.environ["RANK"] == "0")
 lora_finetune.main()

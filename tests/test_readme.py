@@ -40,17 +40,6 @@ def blocks(language):
 
 
 @pytest.fixture(scope="module")
-def able(tiny, tmp_path_factory):
-    """The tiny model with a larger head, or no adapter could make it sure of an answer."""
-    folder = tmp_path_factory.mktemp("able")
-    model = AutoModelForCausalLM.from_pretrained(tiny)
-    model.lm_head.weight.data *= 20
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def home(able, tmp_path_factory):
     """A folder that holds output/tinyllama-k8s-qlora, trained on plain weights until it answers well."""
     folder = tmp_path_factory.mktemp("home")

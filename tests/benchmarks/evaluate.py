@@ -52,10 +52,7 @@ records = evaluate.read_jsonl(path)
 frame = evaluate.chat_frame(tokenizer)
 rows = [evaluate.encode(records[i % len(records)], tokenizer, frame, 512) for i in range(number)]
 tokens = sum(label != -100 for row in rows for label in row["labels"])
-model = load()
-for module in model.modules():
-    if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
+model = evaluate.load_base(name, 0 if gpu else "cpu", "fp16" if gpu else "fp32", True)
 def plain():
     total = 0.0
     for start in range(0, len(rows), 8):
@@ -77,7 +74,7 @@ with torch.inference_mode():
     plain()  # warm
     rows = kept
     for way in (plain, ours):
-        torch.backends.cuda.enable_cudnn_sdp(way is plain)  # evaluate.load_base turns it off
+        torch.backends.cuda.enable_cudnn_sdp(way is plain)  # load_base turned it off
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         began = time.monotonic()
