@@ -393,6 +393,14 @@ def load_base(name, device, precision, load_in_4bit):
         stop(f"{name} lacks weights, such as {sorted(info['missing_keys'])[0]}; download it again")
     # cuDNN attention plans anew for each length, which costs more than it gives
     torch.backends.cuda.enable_cudnn_sdp(False)
+    table = model.get_input_embeddings()
+    if table.weight is not model.get_output_embeddings().weight:
+        # stays in host memory (of TinyLlama 125 MiB): few of its rows are needed at a time
+        weight = table.weight.detach().cpu()
+        del table.weight  # as a parameter it would be moved with the model
+        table.weight = weight
+        table.register_forward_pre_hook(lambda table, args: args[0].cpu())
+        table.register_forward_hook(lambda table, args, rows: rows.to(device))
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # else the first evaluation repacks the weights in place, and nothing after it is right

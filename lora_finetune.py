@@ -38,6 +38,8 @@ import psutil
 import torch
 import transformers
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
@@ -385,6 +387,14 @@ def load_base(name, device, precision, load_in_4bit):
         stop(f"{name} lacks weights, such as {sorted(info['missing_keys'])[0]}; download it again")
     # cuDNN attention plans anew for each length, which costs more than it gives
     torch.backends.cuda.enable_cudnn_sdp(False)
+    table = model.get_input_embeddings()
+    if table.weight is not model.get_output_embeddings().weight:
+        # stays in host memory (of TinyLlama 125 MiB): few of its rows are needed at a time
+        weight = table.weight.detach().cpu()
+        del table.weight  # as a parameter it would be moved with the model
+        table.weight = weight
+        table.register_forward_pre_hook(lambda table, args: args[0].cpu())
+        table.register_forward_hook(lambda table, args, rows: rows.to(device))
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # else the first evaluation repacks the weights in place, and nothing after it is right
@@ -392,8 +402,16 @@ def load_base(name, device, precision, load_in_4bit):
     return model
 
 
+def run_layer(layer, *inputs, **kwargs):
+    """A decoder layer as its class computes it."""
+    return type(layer).forward(layer, *inputs, **kwargs)
+
+
 def checkpoint_layer(layer, *inputs, **kwargs):
-    """Run a decoder layer that keeps only its input, in host memory, and is run again in the backward pass."""
+    """Run a decoder layer that keeps only its input, in host memory, and is run again in the backward pass.
+
+    Compiled, the input stays on the GPU, and what the two runs share is computed once.
+    """
 
     def to_host(tensor):
         if not tensor.is_cuda:
@@ -405,8 +423,11 @@ def checkpoint_layer(layer, *inputs, **kwargs):
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         return tensor.to(device, non_blocking=True)
 
+    run = partial(checkpoint, run_layer, layer, *inputs, use_reentrant=False, **kwargs)
+    if torch.compiler.is_compiling():
+        return run()
     with torch.autograd.graph.saved_tensors_hooks(to_host, to_device):
-        return checkpoint(layer, *inputs, use_reentrant=False, **kwargs)
+        return run()
 
 
 class Rotate(torch.autograd.Function):
@@ -487,6 +508,13 @@ def lean_norm(module, x):
     )
 
 
+def frozen_linear(module, x):
+    """W x, W out of NF4 by an operation of its own, which a graph of both passes then does once for both."""
+    return torch.nn.functional.linear(
+        x, dequantize_4bit(module.weight, module.weight.quant_state), module.bias
+    )
+
+
 @cache
 def with_forward(module_class, forward):
     """A subclass that computes by `forward`; the same one for all layers, which can then share a compiled graph."""
@@ -495,7 +523,10 @@ def with_forward(module_class, forward):
 
 def make_lean(model, checkpointing, compiled):
     """Swap what the layers compute with for forms that take less memory and time; the results stay the same."""
-    if compiled:  # graphs differ by training or not, one row or more, first layer or later, lengths of 8n or not
+    layer_pass = checkpoint_layer if checkpointing else run_layer
+    if compiled:
+        layer_pass = torch.compile(layer_pass, dynamic=True)
+        # graphs differ by training or not, one row or more, first layer or later, lengths of 8n or not
         torch._dynamo.config.recompile_limit = 32
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
@@ -503,10 +534,9 @@ def make_lean(model, checkpointing, compiled):
         elif hasattr(module, "variance_epsilon"):
             module.__class__ = with_forward(type(module), lean_norm)
         elif isinstance(module, GradientCheckpointingLayer):
-            if compiled:  # inside the checkpoint, so that the graph is whole
-                module.forward = torch.compile(module.forward, dynamic=True)
-            if checkpointing:
-                module.forward = partial(checkpoint_layer, module.forward)
+            module.forward = partial(layer_pass, module)
+        elif isinstance(module, Linear4bit) and compiled:
+            module.__class__ = with_forward(type(module), frozen_linear)
 
 
 class ResponseTrainer(transformers.Trainer):
@@ -938,11 +968,8 @@ def main(argv=None):
     head = take_head(base)
     model = put_adapter(base, args)
     make_lean(model, args.gradient_checkpointing, args.compile)
-    trained, parameters = model.get_nb_trainable_parameters()
     say(f"model       {args.model}, {memory_mib():,} MiB")
-    say(
-        f"adapter     {trained:,} parameters are trained, {100 * trained / parameters:.2f} % of all"
-    )
+    say(f"adapter     {model.get_nb_trainable_parameters()[0]:,} parameters are trained")
     say(f"training    {total:,} steps of {rows_per_step} rows ({per_epoch:,} steps an epoch)")
     show_example(rows[0], tokenizer)
 
