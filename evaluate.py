@@ -52,7 +52,7 @@ PROMPTS = None  # JSON list of questions; None: the ten below
 VAL_DATA = None  # JSONL to measure perplexity on, unseen in training
 # generation
 MAX_NEW_TOKENS = 256  # an answer is cut there
-BATCH_SIZE = 8  # prompts or rows at once; changes speed and memory, not the perplexity
+BATCH_SIZE = 8  # prompts at once, half as many rows; changes speed and memory, not the perplexity
 # output
 OUTPUT = "output/eval_results.json"  # the page beside it ends in .html
 # ---------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("generation").add_argument
     tokens, rows = number(int, 1, 2**20), number(int, 1, 4096)
     add("--max-new-tokens", type=tokens, default=MAX_NEW_TOKENS, help="an answer is cut there")
-    add("--batch-size", type=rows, default=BATCH_SIZE, help="prompts or rows at once")
+    add("--batch-size", type=rows, default=BATCH_SIZE, help="prompts at once, half as many rows")
     add = parser.add_argument_group("output").add_argument
     add("--output", default=OUTPUT, help="JSON file; the page beside it ends in .html")
     return parser.parse_args(argv)
@@ -400,7 +400,10 @@ def load_base(name, device, precision, load_in_4bit):
         del table.weight  # as a parameter it would be moved with the model
         table.weight = weight
         table.register_forward_pre_hook(lambda table, args: args[0].cpu())
-        table.register_forward_hook(lambda table, args, rows: rows.to(device))
+        pinned = torch.Tensor.pin_memory if torch.cuda.is_available() else torch.Tensor.cpu
+        table.register_forward_hook(
+            lambda table, args, rows: pinned(rows).to(device, non_blocking=True)
+        )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # else the first evaluation repacks the weights in place, and nothing after it is right
@@ -520,7 +523,8 @@ def row_nll(model, head, rows, batch_size, pad_id, title):
     sums = np.zeros(len(rows))
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     lengths = [len(rows[i]["input_ids"]) for i in order]
-    parts = list(micro_batches(lengths, batch_size * lengths[0]))
+    # a prompt adds one token at a time, a row takes all of its own at once: half as many fill the memory
+    parts = list(micro_batches(lengths, batch_size * lengths[0] // 2))
     for part in tqdm(parts, f"perplexity, {title}", disable=HIDE_BARS, leave=False):
         batch = collate([rows[i] for i in order[part]], pad_id)
         input_ids, labels = batch["input_ids"].to(model.device), batch["labels"].to(model.device)
@@ -802,7 +806,8 @@ def main(argv=None):
         print(f"data        {len(rows):,} of {len(records):,} rows <- {args.val_data}")
     pad = tokenizer.pad_token_id
     last = max(itertools.chain([pad], *prompts, *(row["input_ids"] for row in rows)))
-    if last >= len(base.get_input_embeddings().weight):
+    table = base.get_input_embeddings().weight
+    if last >= len(table):
         stop(
             f"the tokenizer of {folder} has tokens that {name} lacks; pass the --model it was trained on"
         )
@@ -810,7 +815,7 @@ def main(argv=None):
     with (
         advice_on_memory(),
         torch.inference_mode(),
-        torch.autocast(model.device.type, enabled=precision != "fp32", dtype=base.dtype),
+        torch.autocast(model.device.type, enabled=precision != "fp32", dtype=table.dtype),
     ):
         check_finite(model, prompts[0], folder)
         with model.disable_adapter():

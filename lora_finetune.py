@@ -394,7 +394,10 @@ def load_base(name, device, precision, load_in_4bit):
         del table.weight  # as a parameter it would be moved with the model
         table.weight = weight
         table.register_forward_pre_hook(lambda table, args: args[0].cpu())
-        table.register_forward_hook(lambda table, args, rows: rows.to(device))
+        pinned = torch.Tensor.pin_memory if torch.cuda.is_available() else torch.Tensor.cpu
+        table.register_forward_hook(
+            lambda table, args, rows: pinned(rows).to(device, non_blocking=True)
+        )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # else the first evaluation repacks the weights in place, and nothing after it is right
@@ -528,6 +531,7 @@ def make_lean(model, checkpointing, compiled):
         layer_pass = torch.compile(layer_pass, dynamic=True)
         # graphs differ by training or not, one row or more, first layer or later, lengths of 8n or not
         torch._dynamo.config.recompile_limit = 32
+        torch._inductor.config.fallback_random = True  # its own dropout can't be recomputed
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             module.__class__ = with_forward(type(module), adapted_linear)

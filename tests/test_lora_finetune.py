@@ -412,6 +412,18 @@ def test_compiled_layers_share_one_graph_and_the_step_equals_the_reference(
     assert_equals_reference(losses, gradients, reference)
 
 
+def test_compiled_layers_drop_the_same_values_as_others(tiny, data, tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    for name, compiled in ("plain", []), ("compiled", ["--compile"]):
+        lf.main(flags(tiny, data, tmp_path / name, "--lora-dropout", "0.5", *compiled))
+    plain, compiled = (
+        [entry["loss"] for entry in read_log(tmp_path / name) if "loss" in entry]
+        for name in ("plain", "compiled")
+    )
+    assert len(plain) > 1 and compiled == pytest.approx(plain, rel=1e-5)
+
+
 def test_compiling_without_a_compiler_ends_in_one_line(tiny, data, tmp_path, monkeypatch):
     import torch._inductor.config as inductor
 

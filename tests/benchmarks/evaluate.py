@@ -52,7 +52,6 @@ records = evaluate.read_jsonl(path)
 frame = evaluate.chat_frame(tokenizer)
 rows = [evaluate.encode(records[i % len(records)], tokenizer, frame, 512) for i in range(number)]
 tokens = sum(label != -100 for row in rows for label in row["labels"])
-model = evaluate.load_base(name, 0 if gpu else "cpu", "fp16" if gpu else "fp32", True)
 def plain():
     total = 0.0
     for start in range(0, len(rows), 8):
@@ -69,12 +68,16 @@ def plain():
     return total
 def ours():
     return evaluate.row_nll(model, evaluate.take_head(model), rows, 8, tokenizer.pad_token_id, "base").sum()
+def ours_loaded():
+    return evaluate.load_base(name, 0 if gpu else "cpu", "fp16" if gpu else "fp32", True)
 with torch.inference_mode():
-    kept, rows = rows, rows[:16]
-    plain()  # warm
-    rows = kept
-    for way in (plain, ours):
-        torch.backends.cuda.enable_cudnn_sdp(way is plain)  # load_base turned it off
+    for way, loaded in ((plain, load), (ours, ours_loaded)):
+        model = None
+        model, kept = loaded(), rows
+        if way is plain:
+            rows = rows[:16]
+            plain()  # warm
+            rows = kept
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         began = time.monotonic()
