@@ -31,6 +31,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     LlamaTokenizer,
 )
@@ -390,6 +391,26 @@ def test_one_step_equals_a_reference_for_other_models(
     )
     reference = reference_steps(folder, template, STRIPPED, False, weights)
     assert_equals_reference(losses, gradients, reference)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_embedding_table_leaves_the_model_unless_the_head_needs_it(tmp_path, tied):
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+    )
+    plain = AutoModelForCausalLM.from_config(config).eval()
+    plain.save_pretrained(tmp_path)
+    model = lf.load_base(str(tmp_path), "cpu", "fp32", load_in_4bit=False).eval()
+    names = dict(model.named_parameters())
+    assert ("model.embed_tokens.weight" in names) == tied
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
 
 
 def test_compiled_layers_share_one_graph_and_the_step_equals_the_reference(
