@@ -390,14 +390,15 @@ def load_base(name, device, precision, load_in_4bit):
     table = model.get_input_embeddings()
     if table.weight is not model.get_output_embeddings().weight:
         # stays in host memory (of TinyLlama 125 MiB): few of its rows are needed at a time
-        weight = table.weight.detach().cpu()
+        weight, look_up = table.weight.detach().cpu(), table.forward
         del table.weight  # as a parameter it would be moved with the model
         table.weight = weight
-        table.register_forward_pre_hook(lambda table, args: args[0].cpu())
-        pinned = torch.Tensor.pin_memory if torch.cuda.is_available() else torch.Tensor.cpu
-        table.register_forward_hook(
-            lambda table, args, rows: pinned(rows).to(device, non_blocking=True)
-        )
+
+        def look_up_on_host(ids):
+            rows = look_up(ids.cpu())
+            return rows.pin_memory().to(device, non_blocking=True) if ids.is_cuda else rows
+
+        table.forward = look_up_on_host
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # else the first evaluation repacks the weights in place, and nothing after it is right

@@ -52,7 +52,7 @@ records = evaluate.read_jsonl(path)
 frame = evaluate.chat_frame(tokenizer)
 rows = [evaluate.encode(records[i % len(records)], tokenizer, frame, 512) for i in range(number)]
 tokens = sum(label != -100 for row in rows for label in row["labels"])
-def plain():
+def plain(rows):
     total = 0.0
     for start in range(0, len(rows), 8):
         batch = rows[start : start + 8]
@@ -66,22 +66,20 @@ def plain():
                        attention_mask=torch.tensor(mask, device=model.device))
         total += output.loss.item() * (labels[:, 1:] != -100).sum().item()
     return total
-def ours():
+def ours(rows):
     return evaluate.row_nll(model, evaluate.take_head(model), rows, 8, tokenizer.pad_token_id, "base").sum()
 def ours_loaded():
     return evaluate.load_base(name, 0 if gpu else "cpu", "fp16" if gpu else "fp32", True)
 with torch.inference_mode():
     for way, loaded in ((plain, load), (ours, ours_loaded)):
-        model = None
-        model, kept = loaded(), rows
+        model = None  # the one before goes first
+        model = loaded()
         if way is plain:
-            rows = rows[:16]
-            plain()  # warm
-            rows = kept
+            plain(rows[:16])  # warm
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         began = time.monotonic()
-        perplexity = math.exp(way() / tokens)
+        perplexity = math.exp(way(rows) / tokens)
         peak = torch.cuda.max_memory_allocated() >> 20 if gpu else 0
         print("RESULT", time.monotonic() - began, peak, perplexity)
 """
