@@ -23,6 +23,7 @@ import textwrap
 import time
 import unicodedata
 import warnings
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,6 +35,7 @@ import numpy as np
 import peft
 import scipy.stats
 import torch
+import torch.nn.functional as F
 import transformers
 from accelerate.utils.memory import clear_device_cache
 from safetensors import SafetensorError, safe_open
@@ -187,10 +189,8 @@ def chat_frame(tokenizer):
     question, answer = "\ue000", "\ue001"  # private-use characters: no template contains them
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     try:
-        prompt = tokenizer.apply_chat_template(
-            turns[:1], tokenize=False, add_generation_prompt=True
-        )
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        as_text = partial(tokenizer.apply_chat_template, tokenize=False)
+        prompt, text = as_text(turns[:1], add_generation_prompt=True), as_text(turns)
         head, rest = text.split(question)
         tail, end = rest.split(answer)
     except Exception as error:  # a template is a program, it may raise anything
@@ -198,9 +198,8 @@ def chat_frame(tokenizer):
         stop(f"the chat template of this model can't be used ({reason}); choose another --model")
     if not (head + question + tail).startswith(prompt):
         stop("the chat template writes its prompt and its answer apart; choose another --model")
-    special = {
-        id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
+    added = tokenizer.added_tokens_decoder.items()
+    special = {id: token.content for id, token in added if token.special}
     ends = [end.index(token) + len(token) for token in special.values() if token in end]
     end = end[: min(ends)] if ends else end + (tokenizer.eos_token or "")
     return head, tail, end, set(special)
@@ -223,16 +222,12 @@ def encode(record, tokenizer, frame, max_length):
         ids = [id]
         typed = len(head) <= left < len(head) + len(question) or start <= left < start + len(answer)
         if id in special and typed:
-            ids = tokenizer(text[left:right], add_special_tokens=False, split_special_tokens=True)[
-                "input_ids"
-            ]
+            plain = partial(tokenizer, add_special_tokens=False, split_special_tokens=True)
+            ids = plain(text[left:right])["input_ids"]
         input_ids += ids
         labels += ids if left >= start else [-100] * len(ids)
-    return {
-        "input_ids": input_ids[:max_length],
-        "labels": labels[:max_length],
-        "length": len(input_ids),
-    }
+    row = {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}
+    return row | {"length": len(input_ids)}
 
 
 def collate(rows, pad_id):
@@ -265,7 +260,7 @@ def token_nll(head, states, targets):
     nll = []
     for part, target in zip(states.split(256), targets.split(256)):
         logits = head(part.to(head.weight.dtype)).float()
-        nll.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+        nll.append(F.cross_entropy(logits, target, reduction="none"))
     return torch.cat(nll)
 
 
@@ -293,9 +288,8 @@ def take_head(model):
         model.set_output_embeddings(torch.nn.Identity())
         alike = torch.allclose(head(model(probe, use_cache=False).logits), logits, atol=1e-3)
     if not alike:
-        stop(
-            f"{type(model).__name__} changes its logits after the head, so its loss would be wrong here; choose another --model"
-        )
+        name = type(model).__name__
+        stop(f"{name} changes its logits after the head: no support here; choose another --model")
     return head
 
 
@@ -337,9 +331,7 @@ def read_adapter(folder):
     config = read_json(folder / "adapter_config.json", dict, what)
     if not (folder / "adapter_model.safetensors").is_file():
         pickled = (folder / "adapter_model.bin").exists()
-        stop(
-            f"{folder}: {'a pickled adapter is not opened' if pickled else 'no adapter in it'}; {what}"
-        )
+        stop(f"{folder}: {'pickles are not opened' if pickled else 'no adapter in it'}; {what}")
     if config.get("peft_type") != "LORA":
         stop(f"{folder}: its peft_type is {config.get('peft_type')}, not LORA; {what}")
     path = folder / "training_config.json"
@@ -359,11 +351,8 @@ def read_log(path):
 
 def check_target(output, inputs):
     """Refuse an output that can't be written, or would overwrite what is read, before the work is done."""
-    if output.suffix != ".json" or os.path.isdir(output):
-        stop(f"--output {output}: must be a file that ends in .json")
-    page = output.with_suffix(".html")
-    if os.path.isdir(page):
-        stop(f"--output {output}: the page beside it, {page}, is a folder; choose another")
+    if output.suffix != ".json" or any(map(os.path.isdir, (output, output.with_suffix(".html")))):
+        stop(f"--output {output}: takes a file that ends in .json; the page, .html, goes beside it")
     if os.path.realpath(output) in map(os.path.realpath, inputs):
         stop(f"--output {output} is read here and would be overwritten; choose another")
     nearest = next(path for path in output.absolute().parents if os.path.exists(path))
@@ -428,9 +417,7 @@ def load_model(name, folder, precision, load_in_4bit, expected):
     """Load the base and put the adapter on it, checking that the two belong together."""
     device = 0 if torch.cuda.is_available() else "cpu"
     base = load_base(name, device, precision, load_in_4bit)
-    misfit = (
-        f"the adapter {folder} does not fit the model {name}; pass the --model it was trained on"
-    )
+    misfit = f"the adapter {folder} does not fit {name}; pass the --model it was trained on"
     if expected and fingerprint(base) != expected:
         stop(misfit)
     try:
@@ -452,10 +439,8 @@ def encode_prompts(questions, tokenizer, frame, new_tokens, context, name):
         pairs = zip(row["input_ids"], row["labels"], strict=True)
         ids = [id for id, label in pairs if label == -100]
         if len(ids) + new_tokens > context:
-            stop(
-                f"the prompt {question[:40]!r} has {len(ids):,} tokens, with --max-new-tokens "
-                f"{new_tokens:,} more than the {context:,} of {name}; shorten one of them"
-            )
+            sizes = f"{len(ids):,} tokens and {new_tokens:,} new ones, {name} takes {context:,}"
+            stop(f"the prompt {question[:40]!r} has {sizes}; shorten it or --max-new-tokens")
         prompts.append(ids)
     return prompts
 
@@ -471,10 +456,7 @@ def check_finite(model, prompt, folder):
     """Refuse an adapter with which the model computes NaN or infinity."""
     probe = torch.tensor([prompt[-8:]], device=model.device)
     if not model(input_ids=probe).logits.isfinite().all():
-        stop(
-            f"with the adapter {folder} the model computes no finite numbers: its training went "
-            "wrong; train it again with a lower --learning-rate"
-        )
+        stop(f"the adapter {folder} gives no finite numbers; train with a lower --learning-rate")
 
 
 @contextlib.contextmanager
@@ -494,22 +476,16 @@ def generate(model, tokenizer, prompts, stops, args, title):
         eos_token_id=sorted(stops),
         pad_token_id=tokenizer.pad_token_id,
     )
+    padding = {"padding_side": "left", "return_attention_mask": True, "return_tensors": "pt"}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers, began = {}, time.monotonic()
     batches = range(0, len(order), args.batch_size)
     for start in tqdm(batches, f"answers, {title}", disable=HIDE_BARS, leave=False):
         chosen = order[start : start + args.batch_size]
-        longest = max(len(prompts[i]) for i in chosen)
-        padding = [longest - len(prompts[i]) for i in chosen]
-        pad = tokenizer.pad_token_id
-        input_ids = torch.tensor([[pad] * n + prompts[i] for i, n in zip(chosen, padding)])
-        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
-        output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=config,
-        )
-        for i, ids in zip(chosen, output[:, longest:].tolist(), strict=True):
+        inputs = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, **padding)
+        output = model.generate(**inputs.to(model.device), generation_config=config)
+        new = output[:, inputs["input_ids"].shape[1] :].tolist()
+        for i, ids in zip(chosen, new, strict=True):
             end = next((n for n, id in enumerate(ids) if id in stops), None)
             text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
             tokens = len(ids) if end is None else end + 1
@@ -550,13 +526,12 @@ def compare(base, finetuned, tokens):
     difference = finetuned - base
     interval = None
     if len(tokens) > 1:
+        drawn = {"paired": True, "batch": 100, "rng": np.random.default_rng(0)}
         with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # rows that changed alike have no interval
-            low, high = scipy.stats.bootstrap(
-                (difference, tokens), ratio, paired=True, batch=100, rng=np.random.default_rng(0)
-            ).confidence_interval
-        if not math.isnan(low):  # nan where all rows changed alike
-            interval = [float(low), float(high)]
+            warnings.simplefilter("ignore")
+            found = scipy.stats.bootstrap((difference, tokens), ratio, **drawn).confidence_interval
+        if not math.isnan(found.low):  # nan where all rows changed alike
+            interval = [float(found.low), float(found.high)]
     return {
         "base": float(np.exp(base.sum() / tokens.sum())),
         "finetuned": float(np.exp(finetuned.sum() / tokens.sum())),
@@ -737,9 +712,7 @@ def curve(log):
 
     shown = train[:: -(len(train) // 1000 + 1)]  # from the last one back: a page stays small
     line = " ".join(map(place, [train[-1], *shown]))
-    dots = "".join(
-        f"M{place(point)}h0" for point in val
-    )  # lines without length and with round ends
+    dots = "".join(f"M{place(point)}h0" for point in val)  # round ends of lines without length
     ends = f"from {train[0][1]:.3f} to {train[-1][1]:.3f}"
     measured = f"; dots: validation loss, at last {val[-1][1]:.3f}" if val else ""
     return f"""<h2>Loss while training</h2>
@@ -809,9 +782,7 @@ def main(argv=None):
     last = max(itertools.chain([pad], *prompts, *(row["input_ids"] for row in rows)))
     table = base.get_input_embeddings().weight
     if last >= len(table):
-        stop(
-            f"the tokenizer of {folder} has tokens that {name} lacks; pass the --model it was trained on"
-        )
+        stop(f"the tokenizer of {folder} has tokens that {name} lacks; pass the right --model")
     stops = stop_tokens(base, tokenizer, frame)
     with (
         advice_on_memory(),

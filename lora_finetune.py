@@ -36,6 +36,7 @@ import datasets
 import peft
 import psutil
 import torch
+import torch.nn.functional as F
 import transformers
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from bitsandbytes.functional import dequantize_4bit
@@ -143,19 +144,11 @@ def parse_args(argv=None):
     add("--max-steps", type=number(int, -1), default=MAX_STEPS, help="instead of epochs; -1: off")
     add("--learning-rate", type=number(float, 1e-9, 1), default=LEARNING_RATE, help="at its peak")
     add("--warmup-ratio", type=number(float, 0, 1), default=WARMUP_RATIO, help="share of the steps")
-    add("--batch-size", type=number(int, 1, 4096), default=BATCH_SIZE, help="longest rows at once")
-    add(
-        "--gradient-accumulation-steps",
-        type=number(int, 1, 4096),
-        default=GRADIENT_ACCUMULATION_STEPS,
-        help="times --batch-size, the rows of a step",
-    )
-    add(
-        "--gradient-checkpointing",
-        action=switch,
-        default=GRADIENT_CHECKPOINTING,
-        help="recompute activations to save memory",
-    )
+    count, default = number(int, 1, 4096), GRADIENT_ACCUMULATION_STEPS
+    add("--batch-size", type=count, default=BATCH_SIZE, help="longest rows at once")
+    add("--gradient-accumulation-steps", type=count, default=default, help="times that is a step")
+    default = GRADIENT_CHECKPOINTING
+    add("--gradient-checkpointing", action=switch, default=default, help="recompute activations")
     add("--auto-batch-size", action=switch, default=AUTO_BATCH_SIZE, help="largest that fits")
     add("--compile", action=switch, default=COMPILE, help="fuse kernels, for long runs on a GPU")
     add("--seed", type=number(int, 0, 2**32 - 1), default=SEED, help="same seed, same run")
@@ -247,10 +240,8 @@ def chat_frame(tokenizer):
     question, answer = "\ue000", "\ue001"  # private-use characters: no template contains them
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     try:
-        prompt = tokenizer.apply_chat_template(
-            turns[:1], tokenize=False, add_generation_prompt=True
-        )
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        as_text = partial(tokenizer.apply_chat_template, tokenize=False)
+        prompt, text = as_text(turns[:1], add_generation_prompt=True), as_text(turns)
         head, rest = text.split(question)
         tail, end = rest.split(answer)
     except Exception as error:  # a template is a program, it may raise anything
@@ -258,9 +249,8 @@ def chat_frame(tokenizer):
         stop(f"the chat template of this model can't be used ({reason}); choose another --model")
     if not (head + question + tail).startswith(prompt):
         stop("the chat template writes its prompt and its answer apart; choose another --model")
-    special = {
-        id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
+    added = tokenizer.added_tokens_decoder.items()
+    special = {id: token.content for id, token in added if token.special}
     ends = [end.index(token) + len(token) for token in special.values() if token in end]
     end = end[: min(ends)] if ends else end + (tokenizer.eos_token or "")
     return head, tail, end, set(special)
@@ -283,16 +273,12 @@ def encode(record, tokenizer, frame, max_length):
         ids = [id]
         typed = len(head) <= left < len(head) + len(question) or start <= left < start + len(answer)
         if id in special and typed:
-            ids = tokenizer(text[left:right], add_special_tokens=False, split_special_tokens=True)[
-                "input_ids"
-            ]
+            plain = partial(tokenizer, add_special_tokens=False, split_special_tokens=True)
+            ids = plain(text[left:right])["input_ids"]
         input_ids += ids
         labels += ids if left >= start else [-100] * len(ids)
-    return {
-        "input_ids": input_ids[:max_length],
-        "labels": labels[:max_length],
-        "length": len(input_ids),
-    }
+    row = {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}
+    return row | {"length": len(input_ids)}
 
 
 def collate(rows, pad_id):
@@ -325,7 +311,7 @@ def token_nll(head, states, targets):
     nll = []
     for part, target in zip(states.split(256), targets.split(256)):
         logits = head(part.to(head.weight.dtype)).float()
-        nll.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+        nll.append(F.cross_entropy(logits, target, reduction="none"))
     return torch.cat(nll)
 
 
@@ -353,9 +339,8 @@ def take_head(model):
         model.set_output_embeddings(torch.nn.Identity())
         alike = torch.allclose(head(model(probe, use_cache=False).logits), logits, atol=1e-3)
     if not alike:
-        stop(
-            f"{type(model).__name__} changes its logits after the head, so its loss would be wrong here; choose another --model"
-        )
+        name = type(model).__name__
+        stop(f"{name} changes its logits after the head: no support here; choose another --model")
     return head
 
 
@@ -437,26 +422,22 @@ def checkpoint_layer(layer, *inputs, **kwargs):
 class Rotate(torch.autograd.Function):
     """Rotary position embedding (Su et al. 2021) with half the memory traffic of the textbook formula.
 
-    Turns x, (rows, heads, length, size), by cos and sin, (rows, 1, length, size), whose halves are alike.
+    Turns x, (rows, heads, length, size), by cos and sin, (rows, 1, length, size / 2).
     """
-
-    @staticmethod
-    def turn(x, cos, sin, sign):
-        (left, right), turned = x.chunk(2, -1), torch.empty_like(x)
-        new_left, new_right = turned.chunk(2, -1)
-        cos, sin = cos.chunk(2, -1)[0], sin.chunk(2, -1)[0]
-        torch.mul(left, cos, out=new_left).addcmul_(right, sin, value=-sign)
-        torch.mul(right, cos, out=new_right).addcmul_(left, sin, value=sign)
-        return turned
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return Rotate.turn(x, cos, sin, 1)
+        (left, right), turned = x.chunk(2, -1), torch.empty_like(x)
+        new_left, new_right = turned.chunk(2, -1)
+        torch.mul(left, cos, out=new_left).addcmul_(right, sin, value=-1)
+        torch.mul(right, cos, out=new_right).addcmul_(left, sin)
+        return turned
 
     @staticmethod
     def backward(ctx, grad):
-        return Rotate.turn(grad, *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return Rotate.apply(grad, cos, -sin), None, None  # turned back
 
 
 @contextlib.contextmanager
@@ -464,12 +445,12 @@ def lean_rotation(model):
     """Within it, the model's modeling file in transformers rotates by Rotate, if a trial shows the same formula."""
 
     def rotate(q, k, cos, sin, unsqueeze_dim=1):
-        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        cos, sin = (x.unsqueeze(unsqueeze_dim).chunk(2, -1)[0] for x in (cos, sin))  # halves alike
         return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
 
     modeling = sys.modules[type(model.get_base_model()).__module__]
     plain, x = getattr(modeling, "apply_rotary_pos_emb", None), torch.arange(48.0).view(1, 2, 3, 8)
-    cos, sin = torch.arange(24.0).view(2, 1, 3, 4).repeat(1, 1, 1, 2)  # whose halves are alike
+    cos, sin = torch.arange(24.0).view(2, 1, 3, 4).repeat(1, 1, 1, 2)
     if plain and torch.allclose(plain(x, x, cos, sin)[0], rotate(x, x, cos, sin)[0]):
         modeling.apply_rotary_pos_emb = rotate
     try:
@@ -507,16 +488,12 @@ def put_adapter(base, args):
 
 def lean_norm(module, x):
     """The RMSNorm of Llama and kin: one kernel for eight."""
-    return torch.nn.functional.rms_norm(
-        x, module.weight.shape, module.weight, module.variance_epsilon
-    )
+    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
 def frozen_linear(module, x):
     """W x, W out of NF4 by an operation of its own, which a graph of both passes then does once for both."""
-    return torch.nn.functional.linear(
-        x, dequantize_4bit(module.weight, module.weight.quant_state), module.bias
-    )
+    return F.linear(x, dequantize_4bit(module.weight, module.weight.quant_state), module.bias)
 
 
 @cache
@@ -559,9 +536,8 @@ class ResponseTrainer(transformers.Trainer):
         rows = self.args.train_batch_size * WORLD_SIZE
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         self.room = self.at_once * max(lengths)
-        return DistributedLengthGroupedSampler(
-            rows, lengths=lengths, num_replicas=1, rank=0, seed=self.args.seed
-        )
+        whole = {"num_replicas": 1, "rank": 0, "seed": self.args.seed}
+        return DistributedLengthGroupedSampler(rows, lengths=lengths, **whole)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Add up the gradients of the micro-batches; out of memory, begin the step again with half the room."""
@@ -569,9 +545,8 @@ class ResponseTrainer(transformers.Trainer):
         loss, lengths = 0.0, inputs["lengths"]
         try:
             for part in micro_batches(lengths, self.room):
-                rows = {
-                    key: inputs[key][part, : lengths[part.start]] for key in ("input_ids", "labels")
-                }
+                corner = part, slice(lengths[part.start])
+                rows = {key: inputs[key][corner] for key in ("input_ids", "labels")}
                 last = part.stop >= len(lengths)
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                     loss += super().training_step(model, rows, num_items_in_batch)
@@ -641,9 +616,8 @@ class TrainingLog(transformers.TrainerCallback):
         state.logging_steps = args.logging_steps  # else a checkpoint's would hold
         self.first, self.began = state.global_step, time.monotonic()
         self.clock, self.trainer.tokens = self.began, 0
-        self.bar = tqdm(
-            total=state.max_steps, initial=self.first, unit="step", disable=HIDE_BARS, leave=False
-        )
+        bounds = {"total": state.max_steps, "initial": self.first}
+        self.bar = tqdm(**bounds, unit="step", disable=HIDE_BARS, leave=False)
         if RANK == 0:  # of an earlier run, keep what the checkpoint goes on from
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.first else []
             whole = [json.loads(line) for line in lines if line.endswith("}")]
@@ -672,12 +646,11 @@ class TrainingLog(transformers.TrainerCallback):
             loss, rate, norm = (logs.get(key) for key in ("loss", "learning_rate", "grad_norm"))
             speed = self.trainer.tokens / (now - self.clock)
             left = (now - self.began) / done * (state.max_steps - state.global_step)
+            left = str(timedelta(seconds=round(left)))
             entry |= {"loss": loss, "learning_rate": rate, "grad_norm": norm}
             entry |= {"tokens_per_second": round(speed, 1), "memory_mib": memory_mib()}
             line = f"{state.global_step:>6} {state.epoch:>7.2f} {loss:>8.4f} {rate:>9.2e} {norm:>10.3f}"
-            line += (
-                f" {speed:>10,.0f} {entry['memory_mib']:>6,} {timedelta(seconds=round(left))!s:>10}"
-            )
+            line += f" {speed:>10,.0f} {entry['memory_mib']:>6,} {left:>10}"
         else:
             return
         say(line)
@@ -739,9 +712,8 @@ def find_checkpoint(folder, run):
             continue  # cut short while it was written
         changed = [key for key, value in run.items() if seal["run"].get(key) != value]
         if changed:
-            stop(
-                f"--resume: not the run of {path}, {' and '.join(changed)} changed; change back, or --overwrite"
-            )
+            names = " and ".join(changed)
+            stop(f"--resume: not the run of {path}, {names} changed; change back, or --overwrite")
         return path
     return None
 
@@ -816,9 +788,7 @@ def save_adapter(model, tokenizer, folder):
         finite = all(weight.isfinite().all() for weight in saved.values())
         trained = any(weight.any() for name, weight in saved.items() if "lora_B" in name)
         if saved.keys() != expected.keys() or not finite or not trained:
-            stop(
-                f"the adapter read back from {folder} is not whole or learned nothing; nothing was saved"
-            )
+            stop(f"the adapter read back from {folder} is broken or untrained; nothing was saved")
         for path in sorted(Path(aside).iterdir()):
             if path.name != "README.md":  # a model card without content
                 os.replace(path, folder / path.name)
@@ -831,12 +801,12 @@ def choose_device(args):
     if not torch.cuda.is_available():
         hint = ""
         if shutil.which("nvidia-smi"):
-            hint = (
-                ": its driver is too old for this torch"
+            cause = (
+                "its driver is too old for this torch"
                 if torch.version.cuda
-                else ": this torch is for CPUs only"
+                else "this torch is for CPUs only"
             )
-            hint += ", see Troubleshooting in README.md"
+            hint = f": {cause}, see Troubleshooting in README.md"
         say(f"device      no GPU{hint}; training on {torch.get_num_threads()} CPU threads in fp32")
         return "cpu", "fp32"
     device = int(os.environ.get("LOCAL_RANK", 0))
@@ -869,18 +839,14 @@ def encode_rows(records, tokenizer, frame, max_length, path):
     )
     lengths = sorted(rows["length"])
     kept = [i for i, labels in enumerate(rows["labels"]) if labels[-1] != -100]
-    cut = sum(length > max_length for length in lengths)
+    cut, dropped = sum(length > max_length for length in lengths), len(rows) - len(kept)
     median, p95 = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
-    say(
-        f"data        {len(kept):,} rows <- {path}; {cut:,} cut, {len(rows) - len(kept):,} dropped (no answer left)"
-    )
-    say(
-        f"            tokens: median {median:,}, p95 {p95:,}, max {lengths[-1]:,} (--max-seq-length that cuts none)"
-    )
+    shares = f"{cut:,} cut, {dropped:,} dropped (no answer left)"
+    say(f"data        {len(kept):,} rows <- {path}; {shares}")
+    sizes = f"median {median:,}, p95 {p95:,}, max {lengths[-1]:,}"
+    say(f"            tokens: {sizes} (--max-seq-length that cuts none)")
     if not kept:
-        stop(
-            f"{path}: no row has any of its answer within {max_length} tokens; raise --max-seq-length"
-        )
+        stop(f"{path}: no answer begins within {max_length} tokens; raise --max-seq-length")
     return rows.select(kept).remove_columns("length")
 
 
