@@ -351,8 +351,11 @@ def read_log(path):
 
 def check_target(output, inputs):
     """Refuse an output that can't be written, or would overwrite what is read, before the work is done."""
-    if output.suffix != ".json" or any(map(os.path.isdir, (output, output.with_suffix(".html")))):
-        stop(f"--output {output}: takes a file that ends in .json; the page, .html, goes beside it")
+    if output.suffix != ".json":
+        stop(f"--output {output}: takes a file that ends in .json")
+    for path in output, output.with_suffix(".html"):
+        if os.path.isdir(path):
+            stop(f"{path} is a folder; choose another --output")
     if os.path.realpath(output) in map(os.path.realpath, inputs):
         stop(f"--output {output} is read here and would be overwritten; choose another")
     nearest = next(path for path in output.absolute().parents if os.path.exists(path))
