@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LOAD = """
-import json, math, sys, time, torch
+import gc, json, math, sys, time, torch
 from pathlib import Path
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -73,6 +73,7 @@ def ours_loaded():
 with torch.inference_mode():
     for way, loaded in ((plain, load), (ours, ours_loaded)):
         model = None  # the one before goes first
+        gc.collect()
         model = loaded()
         if way is plain:
             plain(rows[:16])  # warm
