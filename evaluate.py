@@ -100,9 +100,8 @@ def parse_args(argv=None):
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """The docstring as it stands, each option with its default."""
 
-    parser = argparse.ArgumentParser(
-        "evaluate.py", "%(prog)s [options]", __doc__, formatter_class=Help, allow_abbrev=False
-    )
+    shown = {"usage": "%(prog)s [options]", "description": __doc__, "formatter_class": Help}
+    parser = argparse.ArgumentParser("evaluate.py", allow_abbrev=False, **shown)
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("model").add_argument
     add("--model", default=MODEL, help="base model; None: what the adapter was trained on")

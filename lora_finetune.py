@@ -122,9 +122,8 @@ def parse_args(argv=None):
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """The docstring as it stands, each option with its default."""
 
-    parser = argparse.ArgumentParser(
-        "lora_finetune.py", "%(prog)s [options]", __doc__, formatter_class=Help, allow_abbrev=False
-    )
+    shown = {"usage": "%(prog)s [options]", "description": __doc__, "formatter_class": Help}
+    parser = argparse.ArgumentParser("lora_finetune.py", allow_abbrev=False, **shown)
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default=DATASET, help="JSONL file, or a folder with train.jsonl and val.jsonl")

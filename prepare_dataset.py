@@ -59,13 +59,8 @@ def parse_args(argv=None):
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """The docstring as it stands, each option with its default."""
 
-    parser = argparse.ArgumentParser(
-        "prepare_dataset.py",
-        "%(prog)s [options]",
-        __doc__,
-        formatter_class=Help,
-        allow_abbrev=False,
-    )
+    shown = {"usage": "%(prog)s [options]", "description": __doc__, "formatter_class": Help}
+    parser = argparse.ArgumentParser("prepare_dataset.py", allow_abbrev=False, **shown)
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--input", default=INPUT, help="file to read")
@@ -111,16 +106,15 @@ def collect(pairs):
     return found
 
 
-def read_rows(text, kind, columns, delimiter, unused):
+def read_rows(text, kind, columns, delimiter):
     """Yield (row number, raw row, what is wrong with its form or "") for each row of an open file.
 
-    A raw row is {field: value} where its form is right. `columns` maps folded column names to fields;
-    the names of other columns are added to the set `unused`. Row numbers are what a spreadsheet shows
-    for a CSV (its header is row 1), else the line or the position in the list. Raises ValueError where
-    the file as a whole can't be read.
+    A raw row is {folded column name: value} where its form is right. Row numbers are what a spreadsheet
+    shows for a CSV (its header is row 1), else the line or the position in the list. Raises ValueError
+    where the file as a whole can't be read.
     """
     if kind in ("csv", "tsv"):
-        yield from read_csv(text, columns, delimiter, unused)
+        yield from read_csv(text, columns, delimiter)
         return
     # numbers stay as they are written: 1e5 comes out as "1e5", not as 100000.0
     as_written = dict(parse_float=str, parse_int=str, parse_constant=str)
@@ -142,15 +136,12 @@ def read_rows(text, kind, columns, delimiter, unused):
                 item = decoder.decode(item.strip())
             except (json.JSONDecodeError, RecursionError):
                 reason = "not valid JSON"
-        if not isinstance(item, dict):
-            yield number, item, reason
-            continue
-        folded = collect((key.strip().casefold(), value) for key, value in item.items())
-        unused |= folded.keys() - columns.keys()
-        yield number, {columns[key]: value for key, value in folded.items() if key in columns}, ""
+        if isinstance(item, dict):
+            item, reason = collect((k.strip().casefold(), value) for k, value in item.items()), ""
+        yield number, item, reason
 
 
-def read_csv(text, columns, delimiter, unused):
+def read_csv(text, columns, delimiter):
     """Yield the rows of a CSV like read_rows; the delimiter is the one that finds the columns in the header."""
     csv.field_size_limit(2**31 - 1)  # else a long cell is an error
     first = text.readline()
@@ -158,20 +149,15 @@ def read_csv(text, columns, delimiter, unused):
         raise ValueError("the first line is empty; it must name the columns")
     for mark in [DELIMITERS[delimiter]] if delimiter != "auto" else ",;\t|":
         names = [name.strip().casefold() for name in next(csv.reader([first], delimiter=mark))]
-        fields = [columns.get(name) for name in names]
-        if {"instruction", "output"} <= set(fields):
+        if {"instruction", "output"} <= set(map(columns.get, names)):
             break
     else:
         wanted = " and ".join(f'"{name}"' for name, field in columns.items() if field != "input")
-        raise ValueError(
-            f"no columns {wanted} in the first line {first.strip()[:80]!r}; "
-            "name yours, --columns instruction=... output=..."
-        )
-    for field in FIELDS:
-        if fields.count(field) > 1:
+        found = f"no columns {wanted} in the first line {first.strip()[:80]!r}"
+        raise ValueError(f"{found}; name yours, --columns instruction=... output=...")
+    for name, field in columns.items():
+        if names.count(name) > 1:
             raise ValueError(f"two columns stand for {field}; rename one in the file")
-    unused |= set(names) - columns.keys()
-
     reader = csv.reader(itertools.chain([first], text), delimiter=mark, strict=True)
     for number in itertools.count(1):
         try:
@@ -186,14 +172,14 @@ def read_csv(text, columns, delimiter, unused):
         if len(cells) > len(names):
             yield number, cells, "too many fields"
         elif cells and number > 1:  # an empty list is a blank line, row 1 the header
-            yield number, {field: cell for field, cell in zip(fields, cells) if field}, ""
+            yield number, dict(zip(names, cells)), ""
 
 
-def clean_record(raw):
+def clean_record(raw, columns):
     """Return the record {instruction, input, output} of a raw row, or the reason (a str) why there is none."""
     record = {}
-    for field in FIELDS:
-        value = raw.get(field)
+    for name, field in columns.items():
+        value = raw.get(name)
         if value is None:
             value = ""
         elif isinstance(value, bool):
@@ -285,19 +271,20 @@ def main(argv=None):
         sys.exit(f"error: {source} would be overwritten; choose another --output")
 
     names = {field: field for field in FIELDS} | dict(pair.split("=", 1) for pair in args.columns)
-    columns = {name.strip().casefold(): field for field, name in names.items()}
+    columns = {name.strip().casefold(): field for field, name in names.items()}  # as FIELDS
     if len(columns) < len(FIELDS):
         sys.exit("error: --columns: one column stands for two fields; name another")
-    lines, keys, lengths, rejected, known, unused = [], [], [], [], set(), set()
+    lines, keys, lengths, rejected, known, seen = [], [], [], [], set(), set()
     as_json = json.encoder.encode_basestring  # a JSON string, as ensure_ascii=False writes it
     read = 0
     try:
         with open_text(source, args.encoding) as text:
-            rows = read_rows(text, kind, columns, args.delimiter, unused)
+            rows = read_rows(text, kind, columns, args.delimiter)
             shown = tqdm(rows, "reading", unit=" rows", disable=None, leave=False, delay=2)
             for number, raw, reason in shown:
                 read += 1
-                record = reason or clean_record(raw)
+                seen.update(() if reason else raw)
+                record = reason or clean_record(raw, columns)
                 if isinstance(record, str):
                     rejected.append({"row": number, "reason": record, "raw": raw})
                     continue
@@ -322,9 +309,8 @@ def main(argv=None):
         first = rejected[0]["row"]
         sys.exit(f"error: {source}: {complaint}, first in row {first}; mend them or drop --strict")
     if not lines:
-        sys.exit(
-            f"error: {source}: no usable row ({complaint or 'it is empty'}); name your columns with --columns"
-        )
+        reason = complaint or "it is empty"
+        sys.exit(f"error: {source}: no usable row ({reason}); name your columns with --columns")
 
     held_out = split_rows(keys, args.val_split, args.seed)
     files = {
@@ -345,7 +331,7 @@ def main(argv=None):
     }
     for name, (count, note) in report.items():
         print(f"{name:<10} {count:>9,} rows {note}")
-    if unused:
+    if unused := seen - columns.keys():
         print(f"columns    not used: {repr(sorted(unused))[1:160].rstrip(']')}; see --columns")
     median, p95 = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
     print(f"length     median {median:,}, p95 {p95:,}, max {lengths[-1]:,} words a row")
