@@ -424,47 +424,6 @@ def checkpoint_layer(layer, *inputs, **kwargs):
         return run()
 
 
-class Rotate(torch.autograd.Function):
-    """Rotary position embedding (Su et al. 2021) with half the memory traffic of the textbook formula.
-
-    Turns x, (rows, heads, length, size), by cos and sin, (rows, 1, length, size / 2).
-    """
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        (left, right), turned = x.chunk(2, -1), torch.empty_like(x)
-        new_left, new_right = turned.chunk(2, -1)
-        torch.mul(left, cos, out=new_left).addcmul_(right, sin, value=-1)
-        torch.mul(right, cos, out=new_right).addcmul_(left, sin)
-        return turned
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return Rotate.apply(grad, cos, -sin), None, None  # turned back
-
-
-@contextlib.contextmanager
-def lean_rotation(model):
-    """Within it, the model's modeling file in transformers rotates by Rotate, if a trial shows the same formula."""
-
-    def rotate(q, k, cos, sin, unsqueeze_dim=1):
-        cos, sin = (x.unsqueeze(unsqueeze_dim).chunk(2, -1)[0] for x in (cos, sin))  # halves alike
-        return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
-
-    modeling = sys.modules[type(model.get_base_model()).__module__]
-    plain, x = getattr(modeling, "apply_rotary_pos_emb", None), torch.arange(48.0).view(1, 2, 3, 8)
-    cos, sin = torch.arange(24.0).view(2, 1, 3, 4).repeat(1, 1, 1, 2)
-    if plain and torch.allclose(plain(x, x, cos, sin)[0], rotate(x, x, cos, sin)[0]):
-        modeling.apply_rotary_pos_emb = rotate
-    try:
-        yield
-    finally:
-        if plain:
-            modeling.apply_rotary_pos_emb = plain
-
-
 def adapted_linear(module, x):
     """W x + alpha / r B A dropout(x) (Hu et al. 2021), the last product added within its matrix kernel."""
     low_rank = module.lora_A["default"](module.lora_dropout["default"](x))
@@ -955,8 +914,7 @@ def main(argv=None):
             claim(folder)
             clear(folder, whole)
         trainer = make_trainer(args, precision, model, head, rows, val_rows, tokenizer, total)
-        with contextlib.nullcontext() if args.compile else lean_rotation(model):
-            state = train(trainer, TrainingLog(trainer, run, per_epoch), whole)
+        state = train(trainer, TrainingLog(trainer, run, per_epoch), whole)
         if RANK == 0 and state.global_step == total:
             save_adapter(model, tokenizer, folder)
     except torch._dynamo.exc.TorchDynamoException as error:

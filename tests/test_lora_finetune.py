@@ -32,7 +32,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     LlamaTokenizer,
 )
 
@@ -408,6 +407,19 @@ def test_the_embedding_table_leaves_the_model_unless_the_head_needs_it(tmp_path,
     model = lf.load_base(str(tmp_path), "cpu", "fp32", load_in_4bit=False).eval()
     names = dict(model.named_parameters())
     assert ("model.embed_tokens.weight" in names) == tied
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
+def test_the_scales_of_nf4_are_decoded_once_and_the_model_stays_the_same(tiny):
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    plain = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=nf4, dtype=torch.float32)
+    model = lf.load_base(str(tiny), "cpu", "fp32", load_in_4bit=True)
+    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert layers and not any(layer.weight.quant_state.nested for layer in layers)
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain(ids).logits)
@@ -894,13 +906,6 @@ def test_each_epoch_and_each_seed_has_an_order_of_its_own(tiny, tmp_path, monkey
     epochs = [steps[start : start + 4] for start in range(0, 16, 4)]
     assert all(len(set.union(*epoch)) == 16 for epoch in epochs)
     assert all(epoch not in epochs[:i] for i, epoch in enumerate(epochs))
-
-
-def test_the_rotation_of_transformers_is_put_back_after_training(tiny, data, tmp_path):
-    modeling = sys.modules[LlamaForCausalLM.__module__]
-    before = modeling.apply_rotary_pos_emb
-    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 1))
-    assert modeling.apply_rotary_pos_emb is before
 
 
 def test_out_of_memory_in_the_middle_keeps_the_rows_of_a_step(tiny, alike, tmp_path, monkeypatch):
