@@ -131,6 +131,46 @@ def stop(message):
     sys.exit(f"error: {message}")
 
 
+def read_json(path, kind, what):
+    """Read a JSON file that must hold a `kind`; ends the program with what is wrong."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        stop(f"{path}: no such file; {what}")
+    except (OSError, ValueError, RecursionError) as error:
+        stop(f"{path}: not readable as JSON ({error}); {what}")
+    if not isinstance(value, kind):
+        stop(f"{path}: not a JSON {'list' if kind is list else 'object'}; {what}")
+    return value
+
+
+def read_adapter(folder):
+    """Return adapter_config.json and, where lora_finetune.py wrote one, training_config.json."""
+    what = "--adapter takes the folder that lora_finetune.py wrote"
+    config = read_json(folder / "adapter_config.json", dict, what)
+    if not (folder / "adapter_model.safetensors").is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        stop(f"{folder}: {'pickles are not opened' if pickled else 'no adapter in it'}; {what}")
+    if config.get("peft_type") != "LORA":
+        stop(f"{folder}: its peft_type is {config.get('peft_type')}, not LORA; {what}")
+    path = folder / "training_config.json"
+    training = read_json(path, dict, what) if path.exists() else {}
+    return config, training if isinstance(training.get("arguments"), dict) else {}
+
+
+def read_prompts(path):
+    """Read the questions to ask: a JSON list of strings."""
+    prompts = read_json(path, list, 'it takes a list of questions, ["What is a Pod?", ...]')
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str) or not prompt.strip():
+            stop(f"{path}: item {number} is not a question; each must be a text that is not empty")
+        if prompt != prompt.encode(errors="ignore").decode():
+            stop(f"{path}: item {number} holds half a character (a lone surrogate); write it anew")
+    if not prompts:
+        stop(f"{path}: the list is empty; write at least one question")
+    return [prompt.strip() for prompt in prompts]
+
+
 def read_jsonl(path):
     """Read the records of a JSONL file: a list of {"instruction", "input", "output"}, all str.
 
@@ -167,6 +207,47 @@ def read_jsonl(path):
     if not records:
         stop(f"{path}: no records in it; {advice}")
     return records
+
+
+def check_target(output, inputs):
+    """Refuse an output that can't be written, or would overwrite what is read, before the work is done."""
+    if output.suffix != ".json":
+        stop(f"--output {output}: takes a file that ends in .json")
+    for path in output, output.with_suffix(".html"):
+        if os.path.isdir(path):
+            stop(f"{path} is a folder; choose another --output")
+    if os.path.realpath(output) in map(os.path.realpath, inputs):
+        stop(f"--output {output} is read here and would be overwritten; choose another")
+    nearest = next(path for path in output.absolute().parents if os.path.exists(path))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        stop(f"can't write to {nearest}; choose another --output")
+
+
+def as_trained(args, adapter, trained):
+    """Base model, precision and whether to load in 4 bits: what the flags say, else as in training."""
+    name = args.model or adapter.get("base_model_name_or_path")
+    if not (name and isinstance(name, str)):
+        stop(f"{args.adapter} does not say what it was trained on; pass that as --model")
+    precision = args.precision or trained.get("precision", "fp16")
+    load_in_4bit = args.load_in_4bit
+    if load_in_4bit is None:
+        load_in_4bit = trained.get("load_in_4bit", True)
+    return name, precision if torch.cuda.is_available() else "fp32", load_in_4bit
+
+
+def pretrained(auto_class, name, **kwargs):
+    """auto_class.from_pretrained(name), with what can go wrong said in one line."""
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except torch.OutOfMemoryError:
+        stop(f"too little GPU memory for {name}; close other programs or choose a smaller --model")
+    except ImportError as error:
+        stop(f"{str(error).strip().splitlines()[0]}; pip install -r requirements.txt")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        hint = "--model takes a folder with config.json, tokenizer.json and model.safetensors"
+        if not Path(name).is_dir():
+            hint = "no such folder, and the Hub gave none; offline, pass a folder as --model"
+        stop(f"can't load the model {name}: {str(error).strip().splitlines()[0]} ({hint})")
 
 
 def user_message(record):
@@ -231,139 +312,6 @@ def encode(record, tokenizer, frame, max_length):
     return row | {"length": len(input_ids)}
 
 
-def collate(rows, pad_id):
-    """Sort rows, longest first, and pad them on the right to (rows, longest): causal attention never looks there."""
-    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
-    lengths = [len(row["input_ids"]) for row in rows]
-    padding = [lengths[0] - length for length in lengths]
-    ids = [row["input_ids"] + [pad_id] * n for row, n in zip(rows, padding)]
-    labels = [row["labels"] + [-100] * n for row, n in zip(rows, padding)]
-    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "lengths": lengths}
-
-
-def micro_batches(lengths, room):
-    """Slices of rows, longest first, that take at most `room` tokens with their padding, or one row."""
-    start = 0
-    while start < len(lengths):
-        part = slice(start, start + max(1, room // lengths[start]))
-        yield part
-        start = part.stop
-
-
-def counted(hidden, labels):
-    """The hidden states that predict a label that counts, (tokens, size), and these labels, (tokens,)."""
-    counts = labels[:, 1:] != -100  # position i predicts token i + 1
-    return hidden[:, :-1][counts], labels[:, 1:][counts]
-
-
-def token_nll(head, states, targets):
-    """Negative log-likelihood in nats of each target token, shape (tokens,), from 256 rows of logits at a time."""
-    nll = []
-    for part, target in zip(states.split(256), targets.split(256)):
-        logits = head(part.to(head.weight.dtype)).float()
-        nll.append(F.cross_entropy(logits, target, reduction="none"))
-    return torch.cat(nll)
-
-
-def pretrained(auto_class, name, **kwargs):
-    """auto_class.from_pretrained(name), with what can go wrong said in one line."""
-    try:
-        return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except torch.OutOfMemoryError:
-        stop(f"too little GPU memory for {name}; close other programs or choose a smaller --model")
-    except ImportError as error:
-        stop(f"{str(error).strip().splitlines()[0]}; pip install -r requirements.txt")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        hint = "--model takes a folder with config.json, tokenizer.json and model.safetensors"
-        if not Path(name).is_dir():
-            hint = "no such folder, and the Hub gave none; offline, pass a folder as --model"
-        stop(f"can't load the model {name}: {str(error).strip().splitlines()[0]} ({hint})")
-
-
-def take_head(model):
-    """Take the head off a causal language model, whose forward pass then ends in hidden states; returns the head."""
-    head = model.get_output_embeddings()
-    probe = torch.arange(8, device=head.weight.device)[None]
-    with torch.no_grad():
-        logits = model(probe, use_cache=False).logits
-        model.set_output_embeddings(torch.nn.Identity())
-        alike = torch.allclose(head(model(probe, use_cache=False).logits), logits, atol=1e-3)
-    if not alike:
-        name = type(model).__name__
-        stop(f"{name} changes its logits after the head: no support here; choose another --model")
-    return head
-
-
-def fingerprint(model):
-    """A short name for the base weights: SHA-256 over its first 256 token embeddings as float16."""
-    weight = model.get_input_embeddings().weight[:256].detach().half().cpu()
-    return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:16]
-
-
-def read_json(path, kind, what):
-    """Read a JSON file that must hold a `kind`; ends the program with what is wrong."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        stop(f"{path}: no such file; {what}")
-    except (OSError, ValueError, RecursionError) as error:
-        stop(f"{path}: not readable as JSON ({error}); {what}")
-    if not isinstance(value, kind):
-        stop(f"{path}: not a JSON {'list' if kind is list else 'object'}; {what}")
-    return value
-
-
-def read_prompts(path):
-    """Read the questions to ask: a JSON list of strings."""
-    prompts = read_json(path, list, 'it takes a list of questions, ["What is a Pod?", ...]')
-    for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, str) or not prompt.strip():
-            stop(f"{path}: item {number} is not a question; each must be a text that is not empty")
-        if prompt != prompt.encode(errors="ignore").decode():
-            stop(f"{path}: item {number} holds half a character (a lone surrogate); write it anew")
-    if not prompts:
-        stop(f"{path}: the list is empty; write at least one question")
-    return [prompt.strip() for prompt in prompts]
-
-
-def read_adapter(folder):
-    """Return adapter_config.json and, where lora_finetune.py wrote one, training_config.json."""
-    what = "--adapter takes the folder that lora_finetune.py wrote"
-    config = read_json(folder / "adapter_config.json", dict, what)
-    if not (folder / "adapter_model.safetensors").is_file():
-        pickled = (folder / "adapter_model.bin").exists()
-        stop(f"{folder}: {'pickles are not opened' if pickled else 'no adapter in it'}; {what}")
-    if config.get("peft_type") != "LORA":
-        stop(f"{folder}: its peft_type is {config.get('peft_type')}, not LORA; {what}")
-    path = folder / "training_config.json"
-    training = read_json(path, dict, what) if path.exists() else {}
-    return config, training if isinstance(training.get("arguments"), dict) else {}
-
-
-def read_log(path):
-    """The finite numbers of the whole entries of a training log, none where there is no log."""
-    entries = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError, AttributeError, RecursionError):
-            entry = json.loads(line).items()
-            entries.append({k: v for k, v in entry if isinstance(v, float | int) and abs(v) < 1e9})
-    return [entry for entry in entries if "step" in entry]
-
-
-def check_target(output, inputs):
-    """Refuse an output that can't be written, or would overwrite what is read, before the work is done."""
-    if output.suffix != ".json":
-        stop(f"--output {output}: takes a file that ends in .json")
-    for path in output, output.with_suffix(".html"):
-        if os.path.isdir(path):
-            stop(f"{path} is a folder; choose another --output")
-    if os.path.realpath(output) in map(os.path.realpath, inputs):
-        stop(f"--output {output} is read here and would be overwritten; choose another")
-    nearest = next(path for path in output.absolute().parents if os.path.exists(path))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        stop(f"can't write to {nearest}; choose another --output")
-
-
 def load_base(name, device, precision, load_in_4bit):
     """Load a causal language model onto one device, its linear layers in NF4 with double quantisation if asked."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
@@ -411,16 +359,10 @@ def load_base(name, device, precision, load_in_4bit):
     return model
 
 
-def as_trained(args, adapter, trained):
-    """Base model, precision and whether to load in 4 bits: what the flags say, else as in training."""
-    name = args.model or adapter.get("base_model_name_or_path")
-    if not (name and isinstance(name, str)):
-        stop(f"{args.adapter} does not say what it was trained on; pass that as --model")
-    precision = args.precision or trained.get("precision", "fp16")
-    load_in_4bit = args.load_in_4bit
-    if load_in_4bit is None:
-        load_in_4bit = trained.get("load_in_4bit", True)
-    return name, precision if torch.cuda.is_available() else "fp32", load_in_4bit
+def fingerprint(model):
+    """A short name for the base weights: SHA-256 over its first 256 token embeddings as float16."""
+    weight = model.get_input_embeddings().weight[:256].detach().half().cpu()
+    return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:16]
 
 
 def load_model(name, folder, precision, load_in_4bit, expected):
@@ -505,6 +447,54 @@ def generate(model, tokenizer, prompts, stops, args, title):
     return answers, sum(answer["tokens"] for answer in answers) / seconds
 
 
+def counted(hidden, labels):
+    """The hidden states that predict a label that counts, (tokens, size), and these labels, (tokens,)."""
+    counts = labels[:, 1:] != -100  # position i predicts token i + 1
+    return hidden[:, :-1][counts], labels[:, 1:][counts]
+
+
+def token_nll(head, states, targets):
+    """Negative log-likelihood in nats of each target token, shape (tokens,), from 256 rows of logits at a time."""
+    nll = []
+    for part, target in zip(states.split(256), targets.split(256)):
+        logits = head(part.to(head.weight.dtype)).float()
+        nll.append(F.cross_entropy(logits, target, reduction="none"))
+    return torch.cat(nll)
+
+
+def take_head(model):
+    """Take the head off a causal language model, whose forward pass then ends in hidden states; returns the head."""
+    head = model.get_output_embeddings()
+    probe = torch.arange(8, device=head.weight.device)[None]
+    with torch.no_grad():
+        logits = model(probe, use_cache=False).logits
+        model.set_output_embeddings(torch.nn.Identity())
+        alike = torch.allclose(head(model(probe, use_cache=False).logits), logits, atol=1e-3)
+    if not alike:
+        name = type(model).__name__
+        stop(f"{name} changes its logits after the head: no support here; choose another --model")
+    return head
+
+
+def collate(rows, pad_id):
+    """Sort rows, longest first, and pad them on the right to (rows, longest): causal attention never looks there."""
+    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
+    lengths = [len(row["input_ids"]) for row in rows]
+    padding = [lengths[0] - length for length in lengths]
+    ids = [row["input_ids"] + [pad_id] * n for row, n in zip(rows, padding)]
+    labels = [row["labels"] + [-100] * n for row, n in zip(rows, padding)]
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "lengths": lengths}
+
+
+def micro_batches(lengths, room):
+    """Slices of rows, longest first, that take at most `room` tokens with their padding, or one row."""
+    start = 0
+    while start < len(lengths):
+        part = slice(start, start + max(1, room // lengths[start]))
+        yield part
+        start = part.stop
+
+
 def row_nll(model, head, rows, batch_size, pad_id, title):
     """Sum of the negative log-likelihoods (nats) of each row's response tokens: shape (rows,)."""
     sums = np.zeros(len(rows))
@@ -562,16 +552,6 @@ def measure_perplexity(model, rows, batch_size, pad_id):
     return compare(before, row_nll(model, head, rows, batch_size, pad_id, "after"), tokens)
 
 
-def write_whole(path, text):
-    """Write a text file whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def verdict(perplexity):
     """The result in one sentence that a person can quote."""
     if perplexity is None:
@@ -604,6 +584,120 @@ def summarize(questions, answers, speed, perplexity):
     summary |= {f"{key}_mean_tokens": total(key, "tokens") / len(prompts) for key in KEYS}
     summary["tokens_per_second"] = speed
     return {"summary": summary, "prompts": prompts, "perplexity": perplexity}
+
+
+def read_log(path):
+    """The finite numbers of the whole entries of a training log, none where there is no log."""
+    entries = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            entry = json.loads(line).items()
+            entries.append({k: v for k, v in entry if isinstance(v, float | int) and abs(v) < 1e9})
+    return [entry for entry in entries if "step" in entry]
+
+
+def curve(log):
+    """The loss curve of training_log.jsonl as an SVG: a line for training, points for validation."""
+    train, val = (
+        sorted({entry["step"]: entry[key] for entry in log if key in entry}.items())
+        for key in ("loss", "eval_loss")
+    )
+    if not train:
+        return ""
+    steps, losses = zip(*train, *val, strict=True)
+    low, high, last = min(losses), max(losses), max(steps)
+
+    def place(point):
+        x = 90 + 600 * (point[0] - 1) / max(last - 1, 1)
+        return f"{x:.1f},{20 + 200 * (high - point[1]) / (high - low or 1):.1f}"
+
+    shown = train[:: -(len(train) // 1000 + 1)]  # from the last one back: a page stays small
+    line = " ".join(map(place, [train[-1], *shown]))
+    dots = "".join(f"M{place(point)}h0" for point in val)  # round ends of lines without length
+    ends = f"from {train[0][1]:.3f} to {train[-1][1]:.3f}"
+    measured = f"; dots: validation loss, at last {val[-1][1]:.3f}" if val else ""
+    return f"""<h2>Loss while training</h2>
+<svg viewBox="0 0 700 260" role="img" aria-label="loss {ends} in {last} steps" font-size="14"
+ fill="var(--soft)"><path d="M90 20V220H690" fill="none" stroke="var(--line)"/>
+<text x="82" y="28" text-anchor="end">{high:.3f}</text><text x="82" y="224" text-anchor="end">{low:.3f}</text>
+<text x="90" y="246">step 1</text><text x="690" y="246" text-anchor="end">step {last}</text>
+<g fill="none" stroke-linecap="round"><polyline points="{line}" stroke="var(--after)" stroke-width="2"/>
+<path d="{dots}" stroke="var(--alarm)" stroke-width="10"/></g></svg>
+<p class="soft">Line: training loss, {ends}{measured} (nats a token). Single steps vary with their rows.</p>"""
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Before and after fine-tuning</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --paper: #fff;
+  --tint: #f6f8fa; --after: #0a5cc2; --alarm: #a40e26 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9da7b3; --line: #30363d;
+  --paper: #0d1117; --tint: #161b22; --after: #6cb0ff; --alarm: #ff9a9a } }
+body { overflow-wrap: anywhere; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
+  background: var(--paper); max-width: 70rem; margin: 0 auto; padding: 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem } .verdict { font-size: 1.2rem }
+h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; white-space: pre-wrap } h4 { font-size: .9rem; margin: 0 }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .soft { color: var(--soft) }
+.pair > div { background: var(--tint); border: 1px solid var(--line); border-radius: 6px;
+  padding: .5rem .8rem; min-width: 0 } .cut { color: var(--alarm) }
+pre { font: inherit; white-space: pre-wrap; margin: .4rem 0 }
+code { font: .85em ui-monospace, monospace; word-break: break-all }
+table, svg { width: 100%; max-width: 44rem } table { border-collapse: collapse }
+td, th { border-bottom: 1px solid var(--line); text-align: left; padding: .3rem 0; vertical-align: top }
+td:not(:first-child), thead th:not(:first-child) { text-align: right; white-space: nowrap; padding-left: .8rem }
+footer { font-size: .85rem } footer th { white-space: nowrap }
+footer td:not(:first-child) { text-align: left; white-space: normal }
+@media (max-width: 40rem) { .pair { grid-template-columns: 1fr } svg { font-size: 24px } }
+@media print { .pair { break-inside: avoid } h2, h3 { break-after: avoid } }
+</style></head><body>
+<h1>Before and after fine-tuning</h1><p class="verdict">{{ summary.verdict }}</p>
+<table><thead><tr><th scope=col>Measure<th scope=col>Before<th scope=col>After</thead><tbody>
+{% if perplexity %}<tr><th scope=row>Perplexity
+{% for key in keys %}<td>{{ "%.3f" % perplexity[key] }}{% endfor %}{% endif %}
+<tr><th scope=row>Answers that stopped by themselves
+{% for key in keys %}<td>{{ summary[key + "_stopped"] }} of {{ summary.prompts }}{% endfor %}
+<tr><th scope=row>Mean length of an answer, tokens
+{% for key in keys %}<td>{{ "%.0f" % summary[key + "_mean_tokens"] }}{% endfor %}
+</tbody></table>{{ curve|safe }}<h2>Answers side by side</h2>
+{% for result in prompts %}
+<h3>{{ result.prompt }}</h3><div class="pair">{% for key in keys %}<div>
+<h4>{{ "Before" if loop.first else "After" }}
+{% if not result[key + "_stopped"] %}<span class="cut">did not stop, cut</span>{% endif %}</h4>
+<pre>{% for part in result[key].split("```") %}{% if loop.index is odd %}{{ part }}{% else %}
+<code>```{{ part }}{{ "" if loop.last else "```" }}</code>{% endif %}{% endfor %}</pre></div>
+{% endfor %}</div>{% endfor %}
+<footer><h2>Settings</h2><table><tbody>
+{% for name, value in settings.items() if value is not none %}
+<tr><th scope=row>{{ name }}<td>{{ value.items()|map("join", " ")|join(", ") if value is mapping else value }}
+{% endfor %}
+</tbody></table></footer></body></html>"""
+
+
+def write_whole(path, text):
+    """Write a text file whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_page(path, results, log):
+    """Write the results as one self-contained HTML page; the template escapes every text."""
+    page = jinja2.Template(PAGE, autoescape=True, trim_blocks=True)
+    write_whole(path, page.render(results, keys=KEYS, curve=curve(log)) + "\n")
+
+
+def write_results(output, results, log):
+    """Write the results as strict JSON and, beside it, as a page."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
+        write_whole(output, text + "\n")
+        write_page(output.with_suffix(".html"), results, log)
+    except (OSError, ValueError) as error:  # ValueError: a path that is no Unicode text
+        stop(f"can't write {output} ({getattr(error, 'strerror', error)}); choose another --output")
 
 
 def cells(text):
@@ -656,100 +750,6 @@ def print_summary(summary):
         "length      {base_mean_tokens:.0f} -> {finetuned_mean_tokens:.0f} tokens on average, "
         "at {tokens_per_second:,.0f} tokens/s".format(**summary)
     )
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Before and after fine-tuning</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --paper: #fff;
-  --tint: #f6f8fa; --after: #0a5cc2; --alarm: #a40e26 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9da7b3; --line: #30363d;
-  --paper: #0d1117; --tint: #161b22; --after: #6cb0ff; --alarm: #ff9a9a } }
-body { overflow-wrap: anywhere; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
-  background: var(--paper); max-width: 70rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem } .verdict { font-size: 1.2rem }
-h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; white-space: pre-wrap } h4 { font-size: .9rem; margin: 0 }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .soft { color: var(--soft) }
-.pair > div { background: var(--tint); border: 1px solid var(--line); border-radius: 6px;
-  padding: .5rem .8rem; min-width: 0 } .cut { color: var(--alarm) }
-pre { font: inherit; white-space: pre-wrap; margin: .4rem 0 }
-code { font: .85em ui-monospace, monospace; word-break: break-all }
-table, svg { width: 100%; max-width: 44rem } table { border-collapse: collapse }
-td, th { border-bottom: 1px solid var(--line); text-align: left; padding: .3rem 0; vertical-align: top }
-td:not(:first-child), thead th:not(:first-child) { text-align: right; white-space: nowrap; padding-left: .8rem }
-footer { font-size: .85rem } footer th { white-space: nowrap }
-footer td:not(:first-child) { text-align: left; white-space: normal }
-@media (max-width: 40rem) { .pair { grid-template-columns: 1fr } svg { font-size: 24px } }
-@media print { .pair { break-inside: avoid } h2, h3 { break-after: avoid } }
-</style></head><body>
-<h1>Before and after fine-tuning</h1><p class="verdict">{{ summary.verdict }}</p>
-<table><thead><tr><th scope=col>Measure<th scope=col>Before<th scope=col>After</thead><tbody>
-{% if perplexity %}<tr><th scope=row>Perplexity
-{% for key in keys %}<td>{{ "%.3f" % perplexity[key] }}{% endfor %}{% endif %}
-<tr><th scope=row>Answers that stopped by themselves
-{% for key in keys %}<td>{{ summary[key + "_stopped"] }} of {{ summary.prompts }}{% endfor %}
-<tr><th scope=row>Mean length of an answer, tokens
-{% for key in keys %}<td>{{ "%.0f" % summary[key + "_mean_tokens"] }}{% endfor %}
-</tbody></table>{{ curve|safe }}<h2>Answers side by side</h2>
-{% for result in prompts %}
-<h3>{{ result.prompt }}</h3><div class="pair">{% for key in keys %}<div>
-<h4>{{ "Before" if loop.first else "After" }}
-{% if not result[key + "_stopped"] %}<span class="cut">did not stop, cut</span>{% endif %}</h4>
-<pre>{% for part in result[key].split("```") %}{% if loop.index is odd %}{{ part }}{% else %}
-<code>```{{ part }}{{ "" if loop.last else "```" }}</code>{% endif %}{% endfor %}</pre></div>
-{% endfor %}</div>{% endfor %}
-<footer><h2>Settings</h2><table><tbody>
-{% for name, value in settings.items() if value is not none %}
-<tr><th scope=row>{{ name }}<td>{{ value.items()|map("join", " ")|join(", ") if value is mapping else value }}
-{% endfor %}
-</tbody></table></footer></body></html>"""
-
-
-def curve(log):
-    """The loss curve of training_log.jsonl as an SVG: a line for training, points for validation."""
-    train, val = (
-        sorted({entry["step"]: entry[key] for entry in log if key in entry}.items())
-        for key in ("loss", "eval_loss")
-    )
-    if not train:
-        return ""
-    steps, losses = zip(*train, *val, strict=True)
-    low, high, last = min(losses), max(losses), max(steps)
-
-    def place(point):
-        x = 90 + 600 * (point[0] - 1) / max(last - 1, 1)
-        return f"{x:.1f},{20 + 200 * (high - point[1]) / (high - low or 1):.1f}"
-
-    shown = train[:: -(len(train) // 1000 + 1)]  # from the last one back: a page stays small
-    line = " ".join(map(place, [train[-1], *shown]))
-    dots = "".join(f"M{place(point)}h0" for point in val)  # round ends of lines without length
-    ends = f"from {train[0][1]:.3f} to {train[-1][1]:.3f}"
-    measured = f"; dots: validation loss, at last {val[-1][1]:.3f}" if val else ""
-    return f"""<h2>Loss while training</h2>
-<svg viewBox="0 0 700 260" role="img" aria-label="loss {ends} in {last} steps" font-size="14"
- fill="var(--soft)"><path d="M90 20V220H690" fill="none" stroke="var(--line)"/>
-<text x="82" y="28" text-anchor="end">{high:.3f}</text><text x="82" y="224" text-anchor="end">{low:.3f}</text>
-<text x="90" y="246">step 1</text><text x="690" y="246" text-anchor="end">step {last}</text>
-<g fill="none" stroke-linecap="round"><polyline points="{line}" stroke="var(--after)" stroke-width="2"/>
-<path d="{dots}" stroke="var(--alarm)" stroke-width="10"/></g></svg>
-<p class="soft">Line: training loss, {ends}{measured} (nats a token). Single steps vary with their rows.</p>"""
-
-
-def write_page(path, results, log):
-    """Write the results as one self-contained HTML page; the template escapes every text."""
-    page = jinja2.Template(PAGE, autoescape=True, trim_blocks=True)
-    write_whole(path, page.render(results, keys=KEYS, curve=curve(log)) + "\n")
-
-
-def write_results(output, results, log):
-    """Write the results as strict JSON and, beside it, as a page."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
-        write_whole(output, text + "\n")
-        write_page(output.with_suffix(".html"), results, log)
-    except (OSError, ValueError) as error:  # ValueError: a path that is no Unicode text
-        stop(f"can't write {output} ({getattr(error, 'strerror', error)}); choose another --output")
 
 
 def main(argv=None):

@@ -180,6 +180,16 @@ def stop(message):
     sys.exit(f"error: {message}")
 
 
+def find_data(args):
+    """The training and the validation file (or None) that --dataset and --val-data name."""
+    source, val_source = Path(args.dataset), args.val_data
+    if source.is_dir():
+        held_out, source = source / "val.jsonl", source / "train.jsonl"
+        if held_out.is_file() and held_out.stat().st_size:
+            val_source = val_source or held_out
+    return source, val_source
+
+
 def read_jsonl(path):
     """Read the records of a JSONL file: a list of {"instruction", "input", "output"}, all str.
 
@@ -216,6 +226,67 @@ def read_jsonl(path):
     if not records:
         stop(f"{path}: no records in it; {advice}")
     return records
+
+
+def check_output(args):
+    """The output folder; refuses one that can't be written or holds a run that no flag gives up."""
+    folder = Path(args.output)
+    unfinished = any(folder.glob("checkpoint-*"))
+    finished = (folder / "adapter_model.safetensors").exists() and not unfinished
+    if finished and not args.overwrite:
+        stop(f"{folder} holds a finished run; choose another --output, or --overwrite it")
+    if unfinished and not (args.resume or args.overwrite):
+        stop(f"{folder} holds an unfinished run; --resume goes on with it, --overwrite drops it")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        stop(f"can't write to {nearest}; choose another --output")
+    return folder
+
+
+def memory_mib():
+    """Peak memory in MiB of this process on the GPU, or on a CPU what it holds now."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    return psutil.Process().memory_info().rss >> 20
+
+
+def choose_device(args):
+    """Return the device of this process and the precision it computes in, and say which they are."""
+    if not torch.cuda.is_available():
+        hint = ""
+        if shutil.which("nvidia-smi"):
+            cause = (
+                "its driver is too old for this torch"
+                if torch.version.cuda
+                else "this torch is for CPUs only"
+            )
+            hint = f": {cause}, see Troubleshooting in README.md"
+        say(f"device      no GPU{hint}; training on {torch.get_num_threads()} CPU threads in fp32")
+        return "cpu", "fp32"
+    device = int(os.environ.get("LOCAL_RANK", 0))
+    torch.cuda.set_device(device)
+    torch.cuda.reset_peak_memory_stats()
+    name = torch.cuda.get_device_name(device)
+    if args.precision == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
+        stop(f"--precision bf16: {name} only emulates it, slowly; use fp16")
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+    say(f"device      {name}, {free:.1f} of {total:.1f} GiB free; computing in {args.precision}")
+    return device, args.precision
+
+
+def pretrained(auto_class, name, **kwargs):
+    """auto_class.from_pretrained(name), with what can go wrong said in one line."""
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except torch.OutOfMemoryError:
+        stop(f"too little GPU memory for {name}; close other programs or choose a smaller --model")
+    except ImportError as error:
+        stop(f"{str(error).strip().splitlines()[0]}; pip install -r requirements.txt")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        hint = "--model takes a folder with config.json, tokenizer.json and model.safetensors"
+        if not Path(name).is_dir():
+            hint = "no such folder, and the Hub gave none; offline, pass a folder as --model"
+        stop(f"can't load the model {name}: {str(error).strip().splitlines()[0]} ({hint})")
 
 
 def user_message(record):
@@ -280,73 +351,24 @@ def encode(record, tokenizer, frame, max_length):
     return row | {"length": len(input_ids)}
 
 
-def collate(rows, pad_id):
-    """Sort rows, longest first, and pad them on the right to (rows, longest): causal attention never looks there."""
-    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
-    lengths = [len(row["input_ids"]) for row in rows]
-    padding = [lengths[0] - length for length in lengths]
-    ids = [row["input_ids"] + [pad_id] * n for row, n in zip(rows, padding)]
-    labels = [row["labels"] + [-100] * n for row, n in zip(rows, padding)]
-    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "lengths": lengths}
-
-
-def micro_batches(lengths, room):
-    """Slices of rows, longest first, that take at most `room` tokens with their padding, or one row."""
-    start = 0
-    while start < len(lengths):
-        part = slice(start, start + max(1, room // lengths[start]))
-        yield part
-        start = part.stop
-
-
-def counted(hidden, labels):
-    """The hidden states that predict a label that counts, (tokens, size), and these labels, (tokens,)."""
-    counts = labels[:, 1:] != -100  # position i predicts token i + 1
-    return hidden[:, :-1][counts], labels[:, 1:][counts]
-
-
-def token_nll(head, states, targets):
-    """Negative log-likelihood in nats of each target token, shape (tokens,), from 256 rows of logits at a time."""
-    nll = []
-    for part, target in zip(states.split(256), targets.split(256)):
-        logits = head(part.to(head.weight.dtype)).float()
-        nll.append(F.cross_entropy(logits, target, reduction="none"))
-    return torch.cat(nll)
-
-
-def pretrained(auto_class, name, **kwargs):
-    """auto_class.from_pretrained(name), with what can go wrong said in one line."""
-    try:
-        return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except torch.OutOfMemoryError:
-        stop(f"too little GPU memory for {name}; close other programs or choose a smaller --model")
-    except ImportError as error:
-        stop(f"{str(error).strip().splitlines()[0]}; pip install -r requirements.txt")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        hint = "--model takes a folder with config.json, tokenizer.json and model.safetensors"
-        if not Path(name).is_dir():
-            hint = "no such folder, and the Hub gave none; offline, pass a folder as --model"
-        stop(f"can't load the model {name}: {str(error).strip().splitlines()[0]} ({hint})")
-
-
-def take_head(model):
-    """Take the head off a causal language model, whose forward pass then ends in hidden states; returns the head."""
-    head = model.get_output_embeddings()
-    probe = torch.arange(8, device=head.weight.device)[None]
-    with torch.no_grad():
-        logits = model(probe, use_cache=False).logits
-        model.set_output_embeddings(torch.nn.Identity())
-        alike = torch.allclose(head(model(probe, use_cache=False).logits), logits, atol=1e-3)
-    if not alike:
-        name = type(model).__name__
-        stop(f"{name} changes its logits after the head: no support here; choose another --model")
-    return head
-
-
-def fingerprint(model):
-    """A short name for the base weights: SHA-256 over its first 256 token embeddings as float16."""
-    weight = model.get_input_embeddings().weight[:256].detach().half().cpu()
-    return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:16]
+def encode_rows(records, tokenizer, frame, max_length, path):
+    """Encode records into a Dataset of input_ids and labels, and say how many were kept, cut and dropped."""
+    rows = datasets.Dataset.from_list(records).map(
+        lambda record: encode(record, tokenizer, frame, max_length),
+        remove_columns=list(records[0]),
+        new_fingerprint="encoded",
+    )
+    lengths = sorted(rows["length"])
+    kept = [i for i, labels in enumerate(rows["labels"]) if labels[-1] != -100]
+    cut, dropped = sum(length > max_length for length in lengths), len(rows) - len(kept)
+    median, p95 = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
+    shares = f"{cut:,} cut, {dropped:,} dropped (no answer left)"
+    say(f"data        {len(kept):,} rows <- {path}; {shares}")
+    sizes = f"median {median:,}, p95 {p95:,}, max {lengths[-1]:,}"
+    say(f"            tokens: {sizes} (--max-seq-length that cuts none)")
+    if not kept:
+        stop(f"{path}: no answer begins within {max_length} tokens; raise --max-seq-length")
+    return rows.select(kept).remove_columns("length")
 
 
 def load_base(name, device, precision, load_in_4bit):
@@ -396,6 +418,59 @@ def load_base(name, device, precision, load_in_4bit):
     return model
 
 
+def fingerprint(model):
+    """A short name for the base weights: SHA-256 over its first 256 token embeddings as float16."""
+    weight = model.get_input_embeddings().weight[:256].detach().half().cpu()
+    return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:16]
+
+
+def counted(hidden, labels):
+    """The hidden states that predict a label that counts, (tokens, size), and these labels, (tokens,)."""
+    counts = labels[:, 1:] != -100  # position i predicts token i + 1
+    return hidden[:, :-1][counts], labels[:, 1:][counts]
+
+
+def token_nll(head, states, targets):
+    """Negative log-likelihood in nats of each target token, shape (tokens,), from 256 rows of logits at a time."""
+    nll = []
+    for part, target in zip(states.split(256), targets.split(256)):
+        logits = head(part.to(head.weight.dtype)).float()
+        nll.append(F.cross_entropy(logits, target, reduction="none"))
+    return torch.cat(nll)
+
+
+def take_head(model):
+    """Take the head off a causal language model, whose forward pass then ends in hidden states; returns the head."""
+    head = model.get_output_embeddings()
+    probe = torch.arange(8, device=head.weight.device)[None]
+    with torch.no_grad():
+        logits = model(probe, use_cache=False).logits
+        model.set_output_embeddings(torch.nn.Identity())
+        alike = torch.allclose(head(model(probe, use_cache=False).logits), logits, atol=1e-3)
+    if not alike:
+        name = type(model).__name__
+        stop(f"{name} changes its logits after the head: no support here; choose another --model")
+    return head
+
+
+def put_adapter(base, args):
+    """Put a fresh LoRA adapter on a base, in float32; the base stays frozen."""
+    linear = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in args.target_modules:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            stop(f"--target-modules {target}: no such layer; this model has {names}")
+    transformers.set_seed(args.seed)
+    lora = peft.LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(base, lora)
+
+
 def run_layer(layer, *inputs, **kwargs):
     """A decoder layer as its class computes it."""
     return type(layer).forward(layer, *inputs, **kwargs)
@@ -432,24 +507,6 @@ def adapted_linear(module, x):
     return torch.addmm(y.flatten(0, -2), low_rank.flatten(0, -2), up.t(), alpha=scale).view_as(y)
 
 
-def put_adapter(base, args):
-    """Put a fresh LoRA adapter on a base, in float32; the base stays frozen."""
-    linear = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
-    for target in args.target_modules:
-        if not any(f".{name}".endswith(f".{target}") for name in linear):
-            names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            stop(f"--target-modules {target}: no such layer; this model has {names}")
-    transformers.set_seed(args.seed)
-    lora = peft.LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=args.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    return peft.get_peft_model(base, lora)
-
-
 def lean_norm(module, x):
     """The RMSNorm of Llama and kin: one kernel for eight."""
     return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
@@ -483,6 +540,86 @@ def make_lean(model, checkpointing, compiled):
             module.forward = partial(layer_pass, module)
         elif isinstance(module, Linear4bit) and compiled:
             module.__class__ = with_forward(type(module), frozen_linear)
+
+
+def show_example(row, tokenizer):
+    """Print one row as the model sees it, apart what it reads and what it learns to write."""
+    written = [id for id in row["labels"] if id != -100]
+    for title, ids in ("reads", row["input_ids"][: -len(written)]), ("learns to write", written):
+        say(f"the model {title}:")
+        say(textwrap.indent(textwrap.shorten(tokenizer.decode(ids), 400), "    "))
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def write_whole(path, text):
+    """Write a text file whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def find_checkpoint(folder, run):
+    """The newest checkpoint in folder that was written whole, or None; refuses one of another run."""
+    step = {path: int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*")}
+    for path in sorted(step, key=step.get, reverse=True):
+        try:
+            seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
+            if any(sha256(path / name) != digest for name, digest in seal["files"].items()):
+                continue
+        except (OSError, ValueError):
+            continue  # cut short while it was written
+        changed = [key for key, value in run.items() if seal["run"].get(key) != value]
+        if changed:
+            names = " and ".join(changed)
+            stop(f"--resume: not the run of {path}, {names} changed; change back, or --overwrite")
+        return path
+    return None
+
+
+def claim(folder):
+    """Put the number of this process into the output folder; refuses one that a living process writes to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / PID
+    with contextlib.suppress(FileNotFoundError, ValueError, psutil.Error):
+        owner = psutil.Process(int(mark.read_text()))
+        lives = owner.status() != psutil.STATUS_ZOMBIE and owner.pid != os.getpid()
+        if lives and owner.create_time() < mark.stat().st_mtime:  # else its number was given anew
+            stop(f"process {owner.pid} is writing to {folder}; end it or choose another --output")
+    write_whole(mark, str(os.getpid()))
+
+
+def clear(folder, whole):
+    """Remove what earlier runs left, but the checkpoint to go on from: given up, or cut short by a kill."""
+    for path in [*folder.glob("checkpoint-*"), *folder.glob(".saving-*")]:
+        if path != whole:
+            shutil.rmtree(path)
+    for path in [*folder.glob("adapter_model.safetensors"), *folder.glob(".training_*")]:
+        path.unlink()
+
+
+def collate(rows, pad_id):
+    """Sort rows, longest first, and pad them on the right to (rows, longest): causal attention never looks there."""
+    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
+    lengths = [len(row["input_ids"]) for row in rows]
+    padding = [lengths[0] - length for length in lengths]
+    ids = [row["input_ids"] + [pad_id] * n for row, n in zip(rows, padding)]
+    labels = [row["labels"] + [-100] * n for row, n in zip(rows, padding)]
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "lengths": lengths}
+
+
+def micro_batches(lengths, room):
+    """Slices of rows, longest first, that take at most `room` tokens with their padding, or one row."""
+    start = 0
+    while start < len(lengths):
+        part = slice(start, start + max(1, room // lengths[start]))
+        yield part
+        start = part.stop
 
 
 class ResponseTrainer(transformers.Trainer):
@@ -643,45 +780,6 @@ class TrainingLog(transformers.TrainerCallback):
         self.bar.close()
 
 
-def memory_mib():
-    """Peak memory in MiB of this process on the GPU, or on a CPU what it holds now."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() >> 20
-    return psutil.Process().memory_info().rss >> 20
-
-
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def write_whole(path, text):
-    """Write a text file whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def find_checkpoint(folder, run):
-    """The newest checkpoint in folder that was written whole, or None; refuses one of another run."""
-    step = {path: int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*")}
-    for path in sorted(step, key=step.get, reverse=True):
-        try:
-            seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
-            if any(sha256(path / name) != digest for name, digest in seal["files"].items()):
-                continue
-        except (OSError, ValueError):
-            continue  # cut short while it was written
-        changed = [key for key, value in run.items() if seal["run"].get(key) != value]
-        if changed:
-            names = " and ".join(changed)
-            stop(f"--resume: not the run of {path}, {names} changed; change back, or --overwrite")
-        return path
-    return None
-
-
 def make_trainer(args, precision, model, head, rows, val_rows, tokenizer, total):
     """The Trainer of a run of `total` steps; its batches are all rows of a step that this process takes."""
     pad_id = tokenizer.pad_token_id
@@ -758,104 +856,6 @@ def save_adapter(model, tokenizer, folder):
                 os.replace(path, folder / path.name)
     size = sum(weight.nbytes for weight in saved.values())
     print(f"saved       adapter of {len(saved)} tensors, {size / 1e6:.1f} MB -> {folder}")
-
-
-def choose_device(args):
-    """Return the device of this process and the precision it computes in, and say which they are."""
-    if not torch.cuda.is_available():
-        hint = ""
-        if shutil.which("nvidia-smi"):
-            cause = (
-                "its driver is too old for this torch"
-                if torch.version.cuda
-                else "this torch is for CPUs only"
-            )
-            hint = f": {cause}, see Troubleshooting in README.md"
-        say(f"device      no GPU{hint}; training on {torch.get_num_threads()} CPU threads in fp32")
-        return "cpu", "fp32"
-    device = int(os.environ.get("LOCAL_RANK", 0))
-    torch.cuda.set_device(device)
-    torch.cuda.reset_peak_memory_stats()
-    name = torch.cuda.get_device_name(device)
-    if args.precision == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
-        stop(f"--precision bf16: {name} only emulates it, slowly; use fp16")
-    free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
-    say(f"device      {name}, {free:.1f} of {total:.1f} GiB free; computing in {args.precision}")
-    return device, args.precision
-
-
-def find_data(args):
-    """The training and the validation file (or None) that --dataset and --val-data name."""
-    source, val_source = Path(args.dataset), args.val_data
-    if source.is_dir():
-        held_out, source = source / "val.jsonl", source / "train.jsonl"
-        if held_out.is_file() and held_out.stat().st_size:
-            val_source = val_source or held_out
-    return source, val_source
-
-
-def encode_rows(records, tokenizer, frame, max_length, path):
-    """Encode records into a Dataset of input_ids and labels, and say how many were kept, cut and dropped."""
-    rows = datasets.Dataset.from_list(records).map(
-        lambda record: encode(record, tokenizer, frame, max_length),
-        remove_columns=list(records[0]),
-        new_fingerprint="encoded",
-    )
-    lengths = sorted(rows["length"])
-    kept = [i for i, labels in enumerate(rows["labels"]) if labels[-1] != -100]
-    cut, dropped = sum(length > max_length for length in lengths), len(rows) - len(kept)
-    median, p95 = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
-    shares = f"{cut:,} cut, {dropped:,} dropped (no answer left)"
-    say(f"data        {len(kept):,} rows <- {path}; {shares}")
-    sizes = f"median {median:,}, p95 {p95:,}, max {lengths[-1]:,}"
-    say(f"            tokens: {sizes} (--max-seq-length that cuts none)")
-    if not kept:
-        stop(f"{path}: no answer begins within {max_length} tokens; raise --max-seq-length")
-    return rows.select(kept).remove_columns("length")
-
-
-def check_output(args):
-    """The output folder; refuses one that can't be written or holds a run that no flag gives up."""
-    folder = Path(args.output)
-    unfinished = any(folder.glob("checkpoint-*"))
-    finished = (folder / "adapter_model.safetensors").exists() and not unfinished
-    if finished and not args.overwrite:
-        stop(f"{folder} holds a finished run; choose another --output, or --overwrite it")
-    if unfinished and not (args.resume or args.overwrite):
-        stop(f"{folder} holds an unfinished run; --resume goes on with it, --overwrite drops it")
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        stop(f"can't write to {nearest}; choose another --output")
-    return folder
-
-
-def claim(folder):
-    """Put the number of this process into the output folder; refuses one that a living process writes to."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / PID
-    with contextlib.suppress(FileNotFoundError, ValueError, psutil.Error):
-        owner = psutil.Process(int(mark.read_text()))
-        lives = owner.status() != psutil.STATUS_ZOMBIE and owner.pid != os.getpid()
-        if lives and owner.create_time() < mark.stat().st_mtime:  # else its number was given anew
-            stop(f"process {owner.pid} is writing to {folder}; end it or choose another --output")
-    write_whole(mark, str(os.getpid()))
-
-
-def clear(folder, whole):
-    """Remove what earlier runs left, but the checkpoint to go on from: given up, or cut short by a kill."""
-    for path in [*folder.glob("checkpoint-*"), *folder.glob(".saving-*")]:
-        if path != whole:
-            shutil.rmtree(path)
-    for path in [*folder.glob("adapter_model.safetensors"), *folder.glob(".training_*")]:
-        path.unlink()
-
-
-def show_example(row, tokenizer):
-    """Print one row as the model sees it, apart what it reads and what it learns to write."""
-    written = [id for id in row["labels"] if id != -100]
-    for title, ids in ("reads", row["input_ids"][: -len(written)]), ("learns to write", written):
-        say(f"the model {title}:")
-        say(textwrap.indent(textwrap.shorten(tokenizer.decode(ids), 400), "    "))
 
 
 def write_config(args, precision, run, model, rows, source, result):
