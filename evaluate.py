@@ -210,7 +210,7 @@ def read_jsonl(path):
 
 
 def check_target(output, inputs):
-    """Refuse an output that can't be written, or would overwrite what is read, before the work is done."""
+    """Refuse, before the work, an output that can't be written or would overwrite what is read."""
     if output.suffix != ".json":
         stop(f"--output {output}: takes a file that ends in .json")
     for path in output, output.with_suffix(".html"):
@@ -224,7 +224,7 @@ def check_target(output, inputs):
 
 
 def as_trained(args, adapter, trained):
-    """Base model, precision and whether to load in 4 bits: what the flags say, else as in training."""
+    """Base model, precision, whether to load in 4 bits: what the flags say, else as in training."""
     name = args.model or adapter.get("base_model_name_or_path")
     if not (name and isinstance(name, str)):
         stop(f"{args.adapter} does not say what it was trained on; pass that as --model")
@@ -251,16 +251,16 @@ def pretrained(auto_class, name, **kwargs):
 
 
 def user_message(record):
-    """What the user says in the chat: the instruction, then, if there is one, a blank line and the input."""
+    """What the user says: the instruction, then, if there is one, a blank line and the input."""
     return "\n\n".join(part for part in (record["instruction"], record["input"]) if part)
 
 
 def chat_frame(tokenizer):
-    """Return (head, tail, end, special ids) of the model's chat template around one question and answer.
+    """Return (head, tail, end, special ids) of the chat template around one question and answer.
 
-    The prompt is head + question + tail; the model is to write answer + end, where end closes with the
-    end-of-turn token. A tokenizer without a template gets an Alpaca-style one, one without padding pads
-    with its end-of-text token.
+    The prompt is head + question + tail; the model is to write answer + end, where end closes with
+    the end-of-turn token. A tokenizer without a template gets an Alpaca-style one, one without
+    padding pads with its end-of-text token.
     """
     if not tokenizer.chat_template:
         bos = tokenizer.bos_token_id
@@ -288,11 +288,11 @@ def chat_frame(tokenizer):
 
 
 def encode(record, tokenizer, frame, max_length):
-    """Turn a record into {"input_ids", "labels", "length" before the cut}: the labels are the ids of answer + end, else -100.
+    """Turn a record into {"input_ids", "labels", "length" before the cut}.
 
-    The whole text is tokenized at once, as a prompt and an answer tokenized apart need not give the same
-    ids; a token belongs to the answer if it starts there. A control token that someone typed in a record
-    (such as </s>) is spelled out as plain text.
+    The labels are the ids of answer + end, and -100 before. The whole text is tokenized at once, as
+    prompt and answer tokenized apart need not give the same ids; a token belongs to the answer if
+    it starts there. A control token typed in a record (such as </s>) is spelled out as plain text.
     """
     head, tail, end, special = frame
     question, answer = user_message(record), record["output"]
@@ -313,7 +313,7 @@ def encode(record, tokenizer, frame, max_length):
 
 
 def load_base(name, device, precision, load_in_4bit):
-    """Load a causal language model onto one device, its linear layers in NF4 with double quantisation if asked."""
+    """Load a causal language model, its linear layers in doubly quantised NF4 if asked."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -383,7 +383,7 @@ def load_model(name, folder, precision, load_in_4bit, expected):
 
 
 def encode_prompts(questions, tokenizer, frame, new_tokens, context, name):
-    """Turn questions into token ids as in training; refuses one that leaves no room for its answer."""
+    """Turn questions into token ids as in training; refuses one without room for its answer."""
     prompts = []
     for question in questions:
         row = encode({"instruction": question, "input": "", "output": ""}, tokenizer, frame, 2**30)
@@ -397,7 +397,7 @@ def encode_prompts(questions, tokenizer, frame, new_tokens, context, name):
 
 
 def stop_tokens(model, tokenizer, frame):
-    """The token ids that end an answer: end of text and end of turn, as tokenizer, template and model name them."""
+    """Token ids that end an answer: end of text and of turn, by tokenizer, template and model."""
     end_of_turn = tokenizer(frame[2], add_special_tokens=False)["input_ids"][-1:]
     named = np.atleast_1d(model.generation_config.eos_token_id or []).tolist()
     return {tokenizer.eos_token_id, *end_of_turn, *named}
@@ -420,7 +420,7 @@ def advice_on_memory():
 
 
 def generate(model, tokenizer, prompts, stops, args, title):
-    """Answer each prompt (token ids) greedily: a list of {"text", "tokens", "stopped"}, and tokens/s."""
+    """Answer prompts (token ids) greedily: list of {"text", "tokens", "stopped"}, and tokens/s."""
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=args.max_new_tokens,
@@ -447,13 +447,13 @@ def generate(model, tokenizer, prompts, stops, args, title):
 
 
 def counted(hidden, labels):
-    """The hidden states that predict a label that counts, (tokens, size), and these labels, (tokens,)."""
+    """Hidden states, (tokens, size), that predict a label that counts; these labels, (tokens,)."""
     counts = labels[:, 1:] != -100  # position i predicts token i + 1
     return hidden[:, :-1][counts], labels[:, 1:][counts]
 
 
 def token_nll(head, states, targets):
-    """Negative log-likelihood in nats of each target token, shape (tokens,), from 256 rows of logits at a time."""
+    """Negative log-likelihood in nats of each target, (tokens,), from 256 logit rows at a time."""
     nll = []
     for part, target in zip(states.split(256), targets.split(256)):
         logits = head(part.to(head.weight.dtype)).float()
@@ -462,7 +462,7 @@ def token_nll(head, states, targets):
 
 
 def take_head(model):
-    """Take the head off a causal language model, whose forward pass then ends in hidden states; returns the head."""
+    """Take off and return the head; the model's forward pass then ends in hidden states."""
     head = model.get_output_embeddings()
     probe = torch.arange(8, device=head.weight.device)[None]
     with torch.no_grad():
@@ -476,7 +476,7 @@ def take_head(model):
 
 
 def collate(rows, pad_id):
-    """Sort rows, longest first, and pad them on the right to (rows, longest): causal attention never looks there."""
+    """Sort rows, longest first, and pad them on the right, where causal attention never looks."""
     rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
     lengths = [len(row["input_ids"]) for row in rows]
     padding = [lengths[0] - length for length in lengths]
@@ -486,7 +486,7 @@ def collate(rows, pad_id):
 
 
 def micro_batches(lengths, room):
-    """Slices of rows, longest first, that take at most `room` tokens with their padding, or one row."""
+    """Slices of rows, longest first, of at most `room` tokens with their padding, or one row."""
     start = 0
     while start < len(lengths):
         part = slice(start, start + max(1, room // lengths[start]))
@@ -499,7 +499,7 @@ def row_nll(model, head, rows, batch_size, pad_id, title):
     sums = np.zeros(len(rows))
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     lengths = [len(rows[i]["input_ids"]) for i in order]
-    # a prompt adds one token at a time, a row takes all of its own at once: half as many fill the memory
+    # a prompt adds one token at a time, a row takes all of its own at once: so half as many
     parts = list(micro_batches(lengths, batch_size * lengths[0] // 2))
     for part in tqdm(parts, f"perplexity, {title}", disable=HIDE_BARS, leave=False):
         batch = collate([rows[i] for i in order[part]], pad_id)
@@ -512,9 +512,9 @@ def row_nll(model, head, rows, batch_size, pad_id, title):
 
 
 def compare(base, finetuned, tokens):
-    """Perplexities and their ratio with its interval, from each row's NLL sums (nats) and token count.
+    """Perplexities, their ratio and its interval, from each row's NLL sums (nats) and token count.
 
-    Perplexity is exp(sum of NLL / number of tokens): each token counts alike. The interval is a 95 %
+    Perplexity is exp(sum of NLL / number of tokens): tokens count alike. The interval is a 95 %
     bootstrap over rows (Efron and Tibshirani 1993, bias-corrected and accelerated): rows are drawn
     anew with both their figures, which keeps the pairs.
     """
@@ -543,7 +543,7 @@ def compare(base, finetuned, tokens):
 
 
 def measure_perplexity(model, rows, batch_size, pad_id):
-    """What compare says of one model on encoded rows, its adapter off and on; takes the model's head off."""
+    """Compare one model on encoded rows, its adapter off and on; takes the model's head off."""
     tokens = np.array([sum(label != -100 for label in row["labels"]) for row in rows])
     with model.disable_adapter():
         head = take_head(model.get_base_model())
@@ -559,13 +559,13 @@ def verdict(perplexity):
     word = "Better" if high < 1 else "Worse" if low > 1 else "No clear difference"
     interval = f"95 % interval {low:.3f} to {high:.3f}" if high < math.inf else "no interval"
     return (
-        "{word}: perplexity {base:.2f} -> {finetuned:.2f} on {rows} rows, x {ratio:.3f} ({interval}), "
-        "{rows_improved} of {rows} rows improved."
+        "{word}: perplexity {base:.2f} -> {finetuned:.2f} on {rows} rows, "
+        "x {ratio:.3f} ({interval}), {rows_improved} of {rows} rows improved."
     ).format(word=word, interval=interval, **perplexity)
 
 
 def summarize(questions, answers, speed, perplexity):
-    """The content of eval_results.json but for its settings, from each side's answers and the perplexities."""
+    """What eval_results.json holds but its settings, from the sides' answers and perplexities."""
     prompts = []
     for question, *pair in zip(questions, *map(answers.get, KEYS), strict=True):
         sides = dict(zip(KEYS, pair, strict=True))
@@ -596,7 +596,7 @@ def read_log(path):
 
 
 def curve(log):
-    """The loss curve of training_log.jsonl as an SVG: a line for training, points for validation."""
+    """The loss curve of training_log.jsonl as SVG: a line for training, points for validation."""
     train, val = (
         sorted({entry["step"]: entry[key] for entry in log if key in entry}.items())
         for key in ("loss", "eval_loss")
@@ -706,7 +706,7 @@ def cells(text):
 
 
 def wrap(text, width):
-    """Wrap prose at words and cut code at the width; what would steer the terminal is not let through."""
+    """Wrap prose at words, cut code at the width; nothing that steers the terminal gets through."""
     lines, code, encoding = [], False, sys.stdout.encoding or "utf-8"
     safe = {"Cc": "\ufffd", "Cf": ""}  # control characters; marks without a width, such as bidi
     for line in text.splitlines():

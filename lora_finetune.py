@@ -1,6 +1,6 @@
-"""Fine-tune a small language model on your questions and answers with QLoRA, inside 6 GB of GPU memory.
+"""Fine-tune a small language model on your questions and answers with QLoRA on a 6 GB GPU.
 
-Reads   --dataset: a JSONL file of instruction, input, output, or the folder prepare_dataset.py wrote
+Reads   --dataset: JSONL of instruction, input, output, or the folder prepare_dataset.py wrote
 Writes  --output: the LoRA adapter, its tokenizer, training_log.jsonl, training_config.json
 
     python prepare_dataset.py --input data/raw_qa.csv --output data/prepared
@@ -84,11 +84,12 @@ OVERWRITE = False  # replace what an earlier run left in OUTPUT
 # ---------------------------------------------------------------------------------------------
 
 DECISIVE = """max_seq_length model load_in_4bit lora_r lora_alpha lora_dropout target_modules epochs
-max_steps learning_rate warmup_ratio batch_size gradient_accumulation_steps seed""".split()  # see --resume
+max_steps learning_rate warmup_ratio batch_size gradient_accumulation_steps seed""".split()
 MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
 OUT_OF_MEMORY = (
-    "error: out of memory at {} rows at once; in this order: a smaller --batch-size, --gradient-checkpointing, "
-    "a smaller --max-seq-length, --load-in-4bit, a smaller --lora-r or fewer --target-modules, a smaller --model"
+    "error: out of memory at {} rows at once; in this order: a smaller --batch-size, "
+    "--gradient-checkpointing, a smaller --max-seq-length, --load-in-4bit, a smaller --lora-r or "
+    "fewer --target-modules, a smaller --model"
 )
 PID = "running.pid"  # number of the process that writes to the output folder
 SEAL = "seal.json"  # written last into a checkpoint: its run and the SHA-256 of its files
@@ -165,7 +166,7 @@ def parse_args(argv=None):
 
 
 def say(line=""):
-    """Print a line, from the first process alone; what the terminal can't show, or would obey, as "?"."""
+    """Print a line, of the first process alone; what a terminal can't show or would obey as "?"."""
     if RANK == 0:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         shown = "".join(letter if letter.isprintable() else "?" for letter in line)
@@ -251,7 +252,7 @@ def memory_mib():
 
 
 def choose_device(args):
-    """Return the device of this process and the precision it computes in, and say which they are."""
+    """Return the device of this process and the precision it computes in, and say which."""
     if not torch.cuda.is_available():
         hint = ""
         if shutil.which("nvidia-smi"):
@@ -288,16 +289,16 @@ def pretrained(auto_class, name, **kwargs):
 
 
 def user_message(record):
-    """What the user says in the chat: the instruction, then, if there is one, a blank line and the input."""
+    """What the user says: the instruction, then, if there is one, a blank line and the input."""
     return "\n\n".join(part for part in (record["instruction"], record["input"]) if part)
 
 
 def chat_frame(tokenizer):
-    """Return (head, tail, end, special ids) of the model's chat template around one question and answer.
+    """Return (head, tail, end, special ids) of the chat template around one question and answer.
 
-    The prompt is head + question + tail; the model is to write answer + end, where end closes with the
-    end-of-turn token. A tokenizer without a template gets an Alpaca-style one, one without padding pads
-    with its end-of-text token.
+    The prompt is head + question + tail; the model is to write answer + end, where end closes with
+    the end-of-turn token. A tokenizer without a template gets an Alpaca-style one, one without
+    padding pads with its end-of-text token.
     """
     if not tokenizer.chat_template:
         bos = tokenizer.bos_token_id
@@ -325,11 +326,11 @@ def chat_frame(tokenizer):
 
 
 def encode(record, tokenizer, frame, max_length):
-    """Turn a record into {"input_ids", "labels", "length" before the cut}: the labels are the ids of answer + end, else -100.
+    """Turn a record into {"input_ids", "labels", "length" before the cut}.
 
-    The whole text is tokenized at once, as a prompt and an answer tokenized apart need not give the same
-    ids; a token belongs to the answer if it starts there. A control token that someone typed in a record
-    (such as </s>) is spelled out as plain text.
+    The labels are the ids of answer + end, and -100 before. The whole text is tokenized at once, as
+    prompt and answer tokenized apart need not give the same ids; a token belongs to the answer if
+    it starts there. A control token typed in a record (such as </s>) is spelled out as plain text.
     """
     head, tail, end, special = frame
     question, answer = user_message(record), record["output"]
@@ -350,7 +351,7 @@ def encode(record, tokenizer, frame, max_length):
 
 
 def encode_rows(records, tokenizer, frame, max_length, path):
-    """Encode records into a Dataset of input_ids and labels, and say how many were kept, cut and dropped."""
+    """Encode records into a Dataset of input_ids and labels; say how many are kept and cut."""
     rows = datasets.Dataset.from_list(records).map(
         lambda record: encode(record, tokenizer, frame, max_length),
         remove_columns=list(records[0]),
@@ -370,7 +371,7 @@ def encode_rows(records, tokenizer, frame, max_length, path):
 
 
 def load_base(name, device, precision, load_in_4bit):
-    """Load a causal language model onto one device, its linear layers in NF4 with double quantisation if asked."""
+    """Load a causal language model, its linear layers in doubly quantised NF4 if asked."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -422,13 +423,13 @@ def fingerprint(model):
 
 
 def counted(hidden, labels):
-    """The hidden states that predict a label that counts, (tokens, size), and these labels, (tokens,)."""
+    """Hidden states, (tokens, size), that predict a label that counts; these labels, (tokens,)."""
     counts = labels[:, 1:] != -100  # position i predicts token i + 1
     return hidden[:, :-1][counts], labels[:, 1:][counts]
 
 
 def token_nll(head, states, targets):
-    """Negative log-likelihood in nats of each target token, shape (tokens,), from 256 rows of logits at a time."""
+    """Negative log-likelihood in nats of each target, (tokens,), from 256 logit rows at a time."""
     nll = []
     for part, target in zip(states.split(256), targets.split(256)):
         logits = head(part.to(head.weight.dtype)).float()
@@ -437,7 +438,7 @@ def token_nll(head, states, targets):
 
 
 def take_head(model):
-    """Take the head off a causal language model, whose forward pass then ends in hidden states; returns the head."""
+    """Take off and return the head; the model's forward pass then ends in hidden states."""
     head = model.get_output_embeddings()
     probe = torch.arange(8, device=head.weight.device)[None]
     with torch.no_grad():
@@ -474,7 +475,7 @@ def run_layer(layer, *inputs, **kwargs):
 
 
 def checkpoint_layer(layer, *inputs, **kwargs):
-    """Run a decoder layer that keeps only its input, in host memory, and is run again in the backward pass.
+    """Run a decoder layer that keeps only its input, in host memory; the backward pass reruns it.
 
     Compiled, the input stays on the GPU, and what the two runs share is computed once.
     """
@@ -486,7 +487,7 @@ def checkpoint_layer(layer, *inputs, **kwargs):
 
 
 def adapted_linear(module, x):
-    """W x + alpha / r B A dropout(x) (Hu et al. 2021), the last product added within its matrix kernel."""
+    """W x + alpha / r B A dropout(x) (Hu et al. 2021), the sum within the last matrix product."""
     low_rank = module.lora_A["default"](module.lora_dropout["default"](x))
     up, scale = module.lora_B["default"].weight, module.scaling["default"]
     y = module.base_layer(x)
@@ -499,22 +500,22 @@ def lean_norm(module, x):
 
 
 def frozen_linear(module, x):
-    """W x, W out of NF4 by an operation of its own, which a graph of both passes then does once for both."""
+    """W x; taking W out of NF4 is an operation that a graph of both passes does once for both."""
     return F.linear(x, dequantize_4bit(module.weight, module.weight.quant_state), module.bias)
 
 
 @cache
 def with_forward(module_class, forward):
-    """A subclass that computes by `forward`; the same one for all layers, which can then share a compiled graph."""
+    """A subclass that computes by `forward`; one for all layers, so they share a compiled graph."""
     return type(module_class.__name__, (module_class,), {"forward": forward})
 
 
 def make_lean(model, checkpointing, compiled):
-    """Swap what the layers compute with for forms that take less memory and time; the results stay the same."""
+    """Swap what the layers compute with for forms that take less memory and time; same results."""
     layer_pass = checkpoint_layer if checkpointing else run_layer
     if compiled:
         layer_pass = torch.compile(layer_pass, dynamic=True)
-        # graphs differ by training or not, one row or more, first layer or later, lengths of 8n or not
+        # graphs differ by training, one row or more, first layer or later, lengths of 8n or not
         torch._dynamo.config.recompile_limit = 32
         torch._inductor.config.fallback_random = True  # its own dropout can't be recomputed
     for module in model.modules():
@@ -551,7 +552,7 @@ def write_whole(path, text):
 
 
 def find_checkpoint(folder, run):
-    """The newest checkpoint in folder that was written whole, or None; refuses one of another run."""
+    """The newest checkpoint in folder that is whole, or None; refuses one of another run."""
     step = {path: int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*")}
     for path in sorted(step, key=step.get, reverse=True):
         try:
@@ -569,7 +570,7 @@ def find_checkpoint(folder, run):
 
 
 def claim(folder):
-    """Put the number of this process into the output folder; refuses one that a living process writes to."""
+    """Mark the output folder as this process's; refuses one that a living process writes to."""
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / PID
     with contextlib.suppress(FileNotFoundError, ValueError, psutil.Error):
@@ -581,7 +582,7 @@ def claim(folder):
 
 
 def clear(folder, whole):
-    """Remove what earlier runs left, but the checkpoint to go on from: given up, or cut short by a kill."""
+    """Remove what earlier runs gave up or a kill cut short, but the checkpoint to go on from."""
     for path in [*folder.glob("checkpoint-*"), *folder.glob(".saving-*")]:
         if path != whole:
             shutil.rmtree(path)
@@ -590,7 +591,7 @@ def clear(folder, whole):
 
 
 def collate(rows, pad_id):
-    """Sort rows, longest first, and pad them on the right to (rows, longest): causal attention never looks there."""
+    """Sort rows, longest first, and pad them on the right, where causal attention never looks."""
     rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
     lengths = [len(row["input_ids"]) for row in rows]
     padding = [lengths[0] - length for length in lengths]
@@ -600,7 +601,7 @@ def collate(rows, pad_id):
 
 
 def micro_batches(lengths, room):
-    """Slices of rows, longest first, that take at most `room` tokens with their padding, or one row."""
+    """Slices of rows, longest first, of at most `room` tokens with their padding, or one row."""
     start = 0
     while start < len(lengths):
         part = slice(start, start + max(1, room // lengths[start]))
@@ -627,7 +628,7 @@ class ResponseTrainer(transformers.Trainer):
         return DistributedLengthGroupedSampler(rows, lengths=lengths, **whole)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Add up the gradients of the micro-batches; out of memory, begin the step again with half the room."""
+        """Add up the micro-batches' gradients; out of memory, begin again with half the room."""
         torch.manual_seed(self.args.seed + self.state.global_step * WORLD_SIZE + RANK)  # of dropout
         loss, lengths = 0.0, inputs["lengths"]
         try:
@@ -654,7 +655,7 @@ class ResponseTrainer(transformers.Trainer):
         """Mean NLL over the response tokens of the whole step (a sum that Trainer adds up).
 
         All logits, (rows, length, vocabulary), would be the largest tensor of the step. So head and
-        softmax run only where a label counts, 256 tokens at a time, and each part's gradient is taken
+        softmax run only where a label counts, 256 tokens at a time; each part's gradient is taken
         on the spot: `pull` carries it into the backward pass without changing the value.
         """
         hidden = model(input_ids=inputs["input_ids"], use_cache=False).logits
@@ -669,7 +670,7 @@ class ResponseTrainer(transformers.Trainer):
         return (total + (pull - pull.detach())) * scale
 
     def evaluate(self, *args, **kwargs):
-        """Log and return the validation loss: nats over all response tokens divided by their number."""
+        """Log and return the validation loss: nats over all response tokens by their number."""
         rows = sorted(self.eval_dataset, key=lambda row: -len(row["input_ids"]))[RANK::WORLD_SIZE]
         parts = list(micro_batches([len(row["input_ids"]) for row in rows], self.room))
         total = torch.zeros(2, device=self.args.device)
@@ -688,7 +689,7 @@ class ResponseTrainer(transformers.Trainer):
 
 
 class TrainingLog(transformers.TrainerCallback):
-    """What happens beside the steps: log lines, checks for NaN, sealed checkpoints, a stop that was asked for."""
+    """What happens beside the steps: log lines, checks for NaN, sealed checkpoints, a stop."""
 
     def __init__(self, trainer, run, steps_per_epoch):
         self.trainer, self.run, self.steps_per_epoch = trainer, run, steps_per_epoch
@@ -736,8 +737,8 @@ class TrainingLog(transformers.TrainerCallback):
             left = str(timedelta(seconds=round(left)))
             entry |= {"loss": loss, "learning_rate": rate, "grad_norm": norm}
             entry |= {"tokens_per_second": round(speed, 1), "memory_mib": memory_mib()}
-            line = f"{state.global_step:>6} {state.epoch:>7.2f} {loss:>8.4f} {rate:>9.2e} {norm:>10.3f}"
-            line += f" {speed:>10,.0f} {entry['memory_mib']:>6,} {left:>10}"
+            line = f"{state.global_step:>6} {state.epoch:>7.2f} {loss:>8.4f} {rate:>9.2e}"
+            line += f" {norm:>10.3f} {speed:>10,.0f} {entry['memory_mib']:>6,} {left:>10}"
         else:
             return
         say(line)
@@ -767,7 +768,7 @@ class TrainingLog(transformers.TrainerCallback):
 
 
 def make_trainer(args, precision, model, head, rows, val_rows, tokenizer, total):
-    """The Trainer of a run of `total` steps; its batches are all rows of a step that this process takes."""
+    """The Trainer of a run of `total` steps; a batch is all rows of this process in a step."""
     pad_id = tokenizer.pad_token_id
     rows_per_step = args.batch_size * args.gradient_accumulation_steps
     # rows without a label make all steps whole, however many processes share them
@@ -811,7 +812,7 @@ def make_trainer(args, precision, model, head, rows, val_rows, tokenizer, total)
 
 
 def train(trainer, log, checkpoint):
-    """Train, from a checkpoint if there is one, and return the state at the end; Ctrl-C and SIGTERM save first."""
+    """Train, from a checkpoint if given one; Ctrl-C and SIGTERM save first. Returns the state."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(log)
     signals = signal.SIGINT, signal.SIGTERM

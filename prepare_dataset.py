@@ -1,6 +1,6 @@
 """Turn a CSV or JSON file of questions and answers into training and validation data.
 
-Reads   --input: .csv .tsv .json .jsonl (also .gz) with columns instruction, input (optional), output
+Reads   --input: .csv .tsv .json .jsonl (also .gz), columns instruction, input (optional), output
 Writes  --output: train.jsonl, val.jsonl, and rejected.jsonl with the rows that could not be used
 
   > python prepare_dataset.py --input data/raw_qa.csv --output data/prepared
@@ -89,7 +89,7 @@ def parse_args(argv=None):
 
 
 def open_text(path, encoding):
-    """Open a text file, gzipped or not, in the encoding its byte order mark names, else in `encoding`."""
+    """Open a text file, gzipped or not, in the encoding of its byte order mark, else `encoding`."""
     with open(path, "rb") as file:
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     with opener(path, "rb") as file:
@@ -109,9 +109,9 @@ def collect(pairs):
 def read_rows(text, kind, columns, delimiter):
     """Yield (row number, raw row, what is wrong with its form or "") for each row of an open file.
 
-    A raw row is {folded column name: value} where its form is right. Row numbers are what a spreadsheet
-    shows for a CSV (its header is row 1), else the line or the position in the list. Raises ValueError
-    where the file as a whole can't be read.
+    A raw row is {folded column name: value} where its form is right. Row numbers are what a
+    spreadsheet shows for a CSV (its header is row 1), else the line or the position in the list.
+    Raises ValueError where the file as a whole can't be read.
     """
     if kind in ("csv", "tsv"):
         yield from read_csv(text, columns, delimiter)
@@ -142,7 +142,7 @@ def read_rows(text, kind, columns, delimiter):
 
 
 def read_csv(text, columns, delimiter):
-    """Yield the rows of a CSV like read_rows; the delimiter is the one that finds the columns in the header."""
+    """Yield the rows of a CSV like read_rows; the delimiter is the one that finds the columns."""
     csv.field_size_limit(2**31 - 1)  # else a long cell is an error
     first = text.readline()
     if not first.strip():
@@ -176,7 +176,7 @@ def read_csv(text, columns, delimiter):
 
 
 def clean_record(raw, columns):
-    """Return the record {instruction, input, output} of a raw row, or the reason (a str) why there is none."""
+    """Return the record {instruction, input, output} of a raw row, or why (a str) there is none."""
     record = {}
     for name, field in columns.items():
         value = raw.get(name)
@@ -204,11 +204,11 @@ def fold(text):
 
 
 def split_rows(keys, share, seed):
-    """Choose the validation rows: for each question key (bytes) of a row, True where the row is held out.
+    """Choose the validation rows: for each row's question key (bytes), True where it is held out.
 
-    Rows with one key stay together. Keys are ranked by a seeded hash, so adding rows moves few others,
-    and taken in that order where they fit into round(rows x share). With two keys or more and a share
-    above 0, each side has at least one.
+    Rows with one key stay together. Keys are ranked by a seeded hash, so adding rows moves few
+    others, and taken in that order where they fit into round(rows x share). With two keys or more
+    and a share above 0, each side has at least one.
     """
     groups, salt = Counter(keys), b"%d:" % seed
     ranked = sorted(groups, key=lambda key: blake2b(salt + key, digest_size=8).digest())
@@ -226,8 +226,8 @@ def split_rows(keys, share, seed):
 def write_files(folder, files):
     """Write {name: lines as bytes} into folder, all or none; train.jsonl is the last of them.
 
-    The new files are written aside, the old ones moved aside, the new ones moved into place; a failure
-    or Ctrl-C brings the old ones back. A kill between two moves leaves a folder without train.jsonl,
+    The new files are written aside, the old ones moved aside, the new ones moved into place; a
+    failure or Ctrl-C brings the old ones back. A kill between two moves leaves no train.jsonl,
     which goes first and comes last: no training on new rows beside old ones.
     """
     new = {folder / name: folder / f".{name}.{os.getpid()}" for name in files}
