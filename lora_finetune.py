@@ -534,7 +534,8 @@ def show_example(row, tokenizer):
     written = [id for id in row["labels"] if id != -100]
     for title, ids in ("reads", row["input_ids"][: -len(written)]), ("learns to write", written):
         say(f"the model {title}:")
-        say(textwrap.indent(textwrap.shorten(tokenizer.decode(ids), 400), "    "))
+        for line in textwrap.wrap(textwrap.shorten(tokenizer.decode(ids), 400), 76):
+            say("    " + line)
 
 
 def sha256(path):

@@ -1353,3 +1353,14 @@ def test_rows_without_room_for_an_answer_are_dropped_and_counted(tiny, tmp_path,
     assert "3 rows <- " in capsys.readouterr().out
     config = json.loads((tmp_path / "out/training_config.json").read_text(encoding="utf-8"))
     assert config["data"]["rows"] == 3
+
+
+def test_one_row_is_shown_as_the_model_sees_it_in_80_columns(tiny, tmp_path, capsys):
+    row = {"instruction": "why " * 40, "input": "", "output": "because " * 20}
+    data = write_jsonl(tmp_path / "rows.jsonl", [row])
+    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 1))
+    shown = capsys.readouterr().out.split("the model reads:\n")[1].split("  step")[0]
+    reads, written = shown.split("the model learns to write:\n")
+    assert reads.count("why") == 40 and "because" not in reads
+    assert written.count("because") == 20 and "why" not in written
+    assert max(map(len, shown.splitlines())) <= 80
