@@ -144,11 +144,10 @@ def parse_args(argv=None):
     add("--max-steps", type=number(int, -1), default=MAX_STEPS, help="instead of epochs; -1: off")
     add("--learning-rate", type=number(float, 1e-9, 1), default=LEARNING_RATE, help="at its peak")
     add("--warmup-ratio", type=number(float, 0, 1), default=WARMUP_RATIO, help="share of the steps")
-    count, default = number(int, 1, 4096), GRADIENT_ACCUMULATION_STEPS
+    count, times = number(int, 1, 4096), GRADIENT_ACCUMULATION_STEPS
     add("--batch-size", type=count, default=BATCH_SIZE, help="longest rows at once")
-    add("--gradient-accumulation-steps", type=count, default=default, help="times that is a step")
-    default = GRADIENT_CHECKPOINTING
-    add("--gradient-checkpointing", action=switch, default=default, help="recompute activations")
+    add("--gradient-accumulation-steps", type=count, default=times, help="times that is a step")
+    add("--gradient-checkpointing", action=switch, default=GRADIENT_CHECKPOINTING, help="less VRAM")
     add("--auto-batch-size", action=switch, default=AUTO_BATCH_SIZE, help="largest that fits")
     add("--compile", action=switch, default=COMPILE, help="fuse kernels, for long runs on a GPU")
     add("--seed", type=number(int, 0, 2**32 - 1), default=SEED, help="same seed, same run")

@@ -176,7 +176,7 @@ def read_csv(text, columns, delimiter):
 
 
 def clean_record(raw, columns):
-    """Return the record {instruction, input, output} of a raw row, or why (a str) there is none."""
+    """Return the record of a raw row, or why (a str) there is none; columns: {name: field}."""
     record = {}
     for name, field in columns.items():
         value = raw.get(name)
@@ -271,7 +271,7 @@ def main(argv=None):
         sys.exit(f"error: {source} would be overwritten; choose another --output")
 
     names = {field: field for field in FIELDS} | dict(pair.split("=", 1) for pair in args.columns)
-    columns = {name.strip().casefold(): field for field, name in names.items()}  # as FIELDS
+    columns = {name.strip().casefold(): field for field, name in names.items()}
     if len(columns) < len(FIELDS):
         sys.exit("error: --columns: one column stands for two fields; name another")
     lines, keys, lengths, rejected, known, seen = [], [], [], [], set(), set()
@@ -309,8 +309,8 @@ def main(argv=None):
         first = rejected[0]["row"]
         sys.exit(f"error: {source}: {complaint}, first in row {first}; mend them or drop --strict")
     if not lines:
-        reason = complaint or "it is empty"
-        sys.exit(f"error: {source}: no usable row ({reason}); name your columns with --columns")
+        cause = complaint or "it is empty"
+        sys.exit(f"error: {source}: no usable row ({cause}); name your columns with --columns")
 
     held_out = split_rows(keys, args.val_split, args.seed)
     files = {

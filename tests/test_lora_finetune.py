@@ -413,12 +413,9 @@ def test_the_embedding_table_leaves_the_model_unless_the_head_needs_it(tmp_path,
 
 
 def test_the_scales_of_nf4_are_decoded_once_and_the_model_stays_the_same(tiny):
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )
-    plain = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=nf4, dtype=torch.float32)
-    plain.train()  # in eval mode bitsandbytes may compute in bf16 on a CPU
+    plain = reference_model(tiny, nf4=True)
     model = lf.load_base(str(tiny), "cpu", "fp32", load_in_4bit=True)
+    model.set_attn_implementation("eager")  # as the reference
     layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
     assert layers and not any(layer.weight.quant_state.nested for layer in layers)
     ids = torch.arange(12).view(2, 6)
