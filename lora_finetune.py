@@ -73,6 +73,7 @@ BATCH_SIZE = 4  # longest rows at once on each device; of shorter ones as many a
 GRADIENT_ACCUMULATION_STEPS = 4  # times that: 4 x 4 = 16 rows a step
 GRADIENT_CHECKPOINTING = True  # recompute activations: less memory, a third slower
 AUTO_BATCH_SIZE = False  # all rows of a step at once, or as many as fit
+GROUP_BY_LENGTH = False  # rows of like length in a step: a quarter less time, an unsteady loss
 SEED = 42
 # output
 OUTPUT = "output/tinyllama-k8s-qlora"  # folder
@@ -136,6 +137,7 @@ def parse_args(argv=None):
     recompute = GRADIENT_CHECKPOINTING
     add("--gradient-checkpointing", "less memory, slower", default=recompute, action=switch)
     add("--auto-batch-size", "as many rows as fit", default=AUTO_BATCH_SIZE, action=switch)
+    add("--group-by-length", "rows of like length a step", default=GROUP_BY_LENGTH, action=switch)
     add("--seed", "same seed, same run", default=SEED, type=int)
     add("--output", "folder", default=OUTPUT, type=path)
     add("--logging-steps", "steps between log lines", default=LOGGING_STEPS, type=int)
@@ -465,14 +467,16 @@ def steps_of(args, rows):
     return total, rows_per_step, epoch_steps
 
 
-def rows_of_step(step, lengths, rows_per_step, seed):
+def rows_of_step(step, lengths, rows_per_step, seed, grouped):
     """Indices of the rows of a step, longest first: a pure function, so resuming needs no state."""
     steps = math.ceil(len(lengths) / rows_per_step)
     epoch, position = divmod(step, steps)
     generator = torch.Generator().manual_seed(seed + epoch)
-    pools = torch.randperm(len(lengths), generator=generator).split(50 * rows_per_step)
-    order = torch.cat([pool[lengths[pool].argsort(descending=True)] for pool in pools])
-    position = torch.randperm(steps, generator=generator)[position]
+    order = torch.randperm(len(lengths), generator=generator)
+    if grouped:  # of 50 steps each, so that epochs differ; the steps are shuffled
+        pools = order.split(50 * rows_per_step)
+        order = torch.cat([pool[lengths[pool].argsort(descending=True)] for pool in pools])
+        position = torch.randperm(steps, generator=generator)[position]
     rows = order[position * rows_per_step :][:rows_per_step]
     return rows[lengths[rows].argsort(descending=True, stable=True)].tolist()
 
@@ -613,7 +617,7 @@ def train(args, run, model, nll_of, rows, val_rows, folder):
             undo.callback(signal.signal, signum, before)
         bar = undo.enter_context(tqdm(total=total, initial=first, disable=HIDE_BARS, leave=False))
         for step in range(first, total):
-            chosen = rows_of_step(step, lengths, rows_per_step, args.seed)
+            chosen = rows_of_step(step, lengths, rows_per_step, args.seed, args.group_by_length)
             batch = [rows[i] for i in chosen[RANK::WORLD_SIZE]]
             tokens, seed = answer_tokens[chosen].sum().item(), args.seed + step * WORLD_SIZE + RANK
             loss, room = add_gradients(nll_of, batch, room, tokens, seed, scaler, optimizer)
