@@ -1,6 +1,6 @@
-"""Turn a CSV or JSON file of questions and answers into training and validation data.
+"""Turn a file of questions and answers into training and validation data.
 
-Reads   --input: .csv .tsv .json .jsonl (also .gz), columns instruction, input (optional), output
+Reads   --input: a table (.csv .tsv .txt), JSON, JSON lines or parquet, also gzipped; rows or chats
 Writes  --output: train.jsonl, val.jsonl, and rejected.jsonl with the rows that could not be used
 
   > python prepare_dataset.py --input data/raw_qa.csv --output data/prepared
@@ -9,13 +9,12 @@ Writes  --output: train.jsonl, val.jsonl, and rejected.jsonl with the rows that 
 """
 
 import argparse
-import codecs
-import contextlib
 import csv
 import gzip
-import itertools
+import io
 import json
 import os
+import re
 import sys
 import unicodedata
 import zlib
@@ -23,318 +22,323 @@ from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 # ---------------------------------------------------------------------------------------------
 # Edit here, or pass the flag of the same name.
 # data
-INPUT = "data/raw_qa.csv"  # .csv .tsv .json .jsonl, also gzipped
+INPUT = "data/raw_qa.csv"  # a table, JSON, JSON lines or parquet, also gzipped
 OUTPUT = "data/prepared"  # folder for train.jsonl and val.jsonl
-COLUMNS = []  # renames, field=column: ["instruction=question", "output=answer"]
+COLUMNS = []  # names that are not in KNOWN below: ["instruction=title", "output=body"]
 ENCODING = "utf-8"  # of the input; a byte order mark in the file wins
-DELIMITER = "auto"  # of a CSV: auto, or one of , ; tab |
+DELIMITER = "auto"  # of a table: auto, or one of , ; tab |
 # split
 VAL_SPLIT = 0.1  # share of the rows held out for validation, 0 up to 1
 SEED = 42  # same seed, same split
 STRICT = False  # True: refuse the whole file if any row is unusable
 # ---------------------------------------------------------------------------------------------
 
-FIELDS = ("instruction", "input", "output")
-LINE = '{"instruction": %s, "input": %s, "output": %s}\n'  # of train.jsonl and val.jsonl
-NAMES = ("rejected.jsonl", "val.jsonl", "train.jsonl")  # train.jsonl last: see write_files
-DELIMITERS = {",": ",", ";": ";", "tab": "\t", "|": "|"}
-BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with UTF-16's
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
+FIELDS = ["instruction", "input", "output"]
+KNOWN = {  # column names that need no flag; where a row has several, the first counts
+    "instruction": ["instruction", "prompt", "question", "query"],
+    "input": ["input", "context"],
+    "output": ["output", "completion", "response", "answer"],
+    "messages": ["messages", "conversations"],  # a chat
+}
+DELIMITERS = {"auto": ",;\t|", ",": ",", ";": ";", "tab": "\t", "|": "|"}
+MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # byte order
+FILES = ["rejected.jsonl", "val.jsonl", "train.jsonl"]  # train.jsonl last: see write_files
+LINE = '{"instruction": %s, "input": %s, "output": %s}\n'  # of val.jsonl and train.jsonl
+OTHER_KINDS = {  # how files begin that hold no text: what they are, and the way to a CSV
+    rb"PK\x03\x04.*(xl/|word/)|\xd0\xcf\x11\xe0": "an Excel or Word file; save its table as CSV",
+    rb"PK\x03\x04|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc|Rar!": "a zip or the like; unpack it first",
+    rb"%PDF": "a PDF; copy its table to a spreadsheet, save that as CSV",
+    rb"\x80[\x02-\x05]": "a pickle; if you trust it, pandas.read_pickle(...).to_csv(...)",
 }
 
 
 def parse_args(argv=None):
     if argv is None and "kernel_launcher" in sys.argv[0]:
         argv = []  # pasted into a notebook cell: sys.argv is the kernel's, the constants above decide
-
-    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """The docstring as it stands, each option with its default."""
-
-    shown = {"usage": "%(prog)s [options]", "description": __doc__, "formatter_class": Help}
-    parser = argparse.ArgumentParser("prepare_dataset.py", allow_abbrev=False, **shown)
-    switch = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("data").add_argument
-    add("--input", default=INPUT, help="file to read")
-    add("--output", default=OUTPUT, help="folder to write")
-    names = "other column names, such as instruction=question output=answer"
-    add("--columns", nargs="+", default=COLUMNS, metavar="FIELD=COLUMN", help=names)
-    add("--encoding", default=ENCODING, help="of the input, such as windows-1252")
-    marks = ["auto", *DELIMITERS]
-    add("--delimiter", default=DELIMITER, choices=marks, metavar="MARK", help="auto , ; tab or |")
-    add = parser.add_argument_group("split").add_argument
-    add("--val-split", type=float, default=VAL_SPLIT, help="share of rows held out, 0 up to 1")
-    add("--seed", type=int, default=SEED, help="same seed, same split")
-    add("--strict", action=switch, default=STRICT, help="refuse a file with any unusable row")
+    parser = argparse.ArgumentParser("prepare_dataset.py", None, __doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # the docstring as it stands
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("--input", default=INPUT, help=f"file to read {default}")
+    add("--output", default=OUTPUT, help=f"folder to write {default}")
+    add("--columns", nargs="+", default=COLUMNS, metavar="FIELD=COLUMN", help=f"renames {default}")
+    add("--encoding", default=ENCODING, help=f"of the input, such as windows-1252 {default}")
+    add("--delimiter", default=DELIMITER, choices=DELIMITERS, help=f"of a table {default}")
+    add("--val-split", type=float, default=VAL_SPLIT, help=f"share held out, 0 up to 1 {default}")
+    add("--seed", type=int, default=SEED, help=f"same seed, same split {default}")
+    switch = {"action": argparse.BooleanOptionalAction, "default": STRICT}
+    add("--strict", **switch, help=f"refuse a file with any unusable row {default}")
     args = parser.parse_args(argv)
     if not 0 <= args.val_split < 1:
         parser.error(f"--val-split {args.val_split}: must be at least 0 and below 1, e.g. 0.1")
-    for pair in args.columns:
-        field, _, column = pair.partition("=")
-        if field not in FIELDS or not column.strip():
-            parser.error(f"--columns {pair}: not FIELD=COLUMN, FIELD one of {', '.join(FIELDS)}")
-    try:
-        codecs.lookup(args.encoding)
-    except LookupError:
-        parser.error(f"--encoding {args.encoding}: unknown; try utf-8, utf-16 or windows-1252")
+    if wrong := [p for p in args.columns if not re.match(rf"({'|'.join(FIELDS)})=\s*\S", p)]:
+        parser.error(f"--columns {wrong[0]}: not FIELD=COLUMN, FIELD one of {', '.join(FIELDS)}")
     return args
 
 
-def open_text(path, encoding):
-    """Open a text file, gzipped or not, in the encoding of its byte order mark, else `encoding`."""
+def fold(text: str) -> str:
+    """Text as compared: Unicode NFC, without regard to case and white space."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def find_columns(names, known: dict) -> dict:
+    """Return {field: column} as far as there is one among names; for a chat, its messages alone."""
+    columns = {}
+    for field, candidates in known.items():
+        there = [name for name in candidates if name in names and name not in columns.values()]
+        columns |= {field: there[0]} if there else {}
+    chat = columns.pop("messages", None)
+    return {"messages": chat} if chat and "output" not in columns else columns
+
+
+def read_table(text, head: str, delimiter: str, known: dict):
+    """Yield the rows of a table like read_rows; the delimiter is what finds most columns."""
+    csv.field_size_limit(2**31 - 1)  # else a long cell is an error
+    marks, number = DELIMITERS[delimiter], 0
+    if own := re.match('"?sep=([^"\r\n])"?(\r\n|\r|\n)', head, re.IGNORECASE):  # Excel's first line
+        marks, head = own[1], head[own.end() :]
+        text.readline()
+
+    def header(mark):
+        cells = next(filter(any, csv.reader(io.StringIO(head, newline=""), delimiter=mark)), [])
+        return [fold(cell) for cell in cells]
+
+    try:
+        mark = max(marks, key=lambda mark: len(find_columns(header(mark), known)))
+        names = header(mark)
+        # of columns with one name none is taken unasked: each is told by its position
+        names = [
+            f"{name} {i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)
+        ]
+        rows = enumerate(csv.reader(text, delimiter=mark, strict=True, skipinitialspace=True), 1)
+        next((cells for _, cells in rows if any(cells)), None)  # the header
+        for number, cells in rows:
+            if any(map(str.strip, cells[len(names) :])):
+                yield number, cells, "more cells than columns"
+            elif cells:  # a blank line is no row
+                yield number, dict(zip(names, cells)), ""
+    except csv.Error as error:  # where the next row begins can't be known
+        cause = f"row {number + 1}: broken quotes, {error}"
+        raise ValueError(f'{cause}; inside a quoted cell a quote is written twice, ""') from None
+
+
+def by_name(pairs: list):
+    """Return a JSON object by folded names, or its pairs where two names are alike: no row then."""
+    row = {fold(name): value for name, value in pairs}
+    return row if len(row) == len(pairs) else tuple(pairs)
+
+
+AS_WRITTEN = {"parse_float": str, "parse_int": str, "parse_constant": lambda name: None}
+DECODER = json.JSONDecoder(object_pairs_hook=by_name, **AS_WRITTEN)  # 1e5 is "1e5"; NaN is None
+
+
+def read_json(text, head: str, known: dict):
+    """Yield the rows of JSON like read_rows: objects, a list, or a wrapper with one list in it."""
+    first = head.strip().partition("\n")[0].strip()
+    one_a_line = first.startswith("{") and first.endswith("}")
+    # else over many lines: inside a value no } is followed by a { on a new line
+    pieces = text if one_a_line else re.split(r"(?<=\})\s*\n\s*(?=\{)", text.read())
+    for number, piece in enumerate(pieces, 1):
+        try:
+            value = DECODER.decode(piece)
+        except (json.JSONDecodeError, RecursionError) as error:
+            if piece.strip():  # not a blank line
+                yield number + getattr(error, "lineno", 1) - 1, piece.strip(), "not valid JSON"
+            continue
+        if number == 1 and isinstance(value, dict) and not find_columns(value, known):
+            lists = [items for items in value.values() if isinstance(items, list)]
+            value = lists[0] if len(lists) == 1 and lists[0] else value
+        for place, row in enumerate(value, 1) if isinstance(value, list) else [(number, value)]:
+            yield place, row, "" if isinstance(row, dict) else "not an object of different names"
+
+
+def read_parquet(file):
+    """Yield the rows of a parquet file like read_rows, by way of JSON: values become text alike."""
+    import pyarrow.parquet  # here, because no other form needs it
+
+    def plain(value):  # dates and the like; bytes that are no text end as lone surrogates
+        return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
+
+    batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024)
+    for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+        yield number, DECODER.decode(json.dumps(row, default=plain)), ""
+
+
+def read_rows(path: Path, encoding: str, delimiter: str, known: dict):
+    """Yield (row number, raw row {folded name: value}, what is wrong with its form or "")."""
     with open(path, "rb") as file:
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     with opener(path, "rb") as file:
-        start = file.read(4)
-    marked = [name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)]
-    return opener(path, "rt", encoding=marked[0] if marked else encoding, newline="")
+        start = file.read(2**16)
+        file.seek(0)
+        for pattern, kind in OTHER_KINDS.items():
+            if re.match(pattern, start, re.DOTALL):
+                raise ValueError(f"this is {kind}")
+        encoding = next((MARKS[mark] for mark in MARKS if start.startswith(mark)), encoding)
+        text, head = io.TextIOWrapper(file, encoding, newline=""), start.decode(encoding, "ignore")
+        if start.startswith(b"PAR1"):
+            yield from read_parquet(file)
+        elif head.lstrip().startswith(("{", "[")):
+            yield from read_json(text, head, known)
+        else:
+            yield from read_table(text, head, delimiter, known)
 
 
-def collect(pairs):
-    """Return a dict of (key, value) pairs; the values of a key that comes twice go into a list."""
-    found = {}
-    for key, value in pairs:
-        found[key] = [found[key], value] if key in found else value
-    return found
+def to_exchange(messages):
+    """Return the values of FIELDS in a chat with one exchange, or why (a str) there are none."""
+    try:
+        roles = [(turn.get("role") or turn.get("from")).casefold() for turn in messages]
+        texts = [(turn.get("content") or turn.get("value") or "").strip() for turn in messages]
+    except (AttributeError, TypeError):
+        return "messages are not texts with roles"
+    spoken = " ".join(roles)
+    if re.fullmatch("((system|developer) )*(user|human) (assistant|gpt)", spoken):
+        *system, question, answer = texts
+        return question and "\n\n".join(filter(None, [*system, question])), "", answer
+    if re.match("((system|developer) )*(assistant|gpt)", spoken):
+        return "the assistant speaks first"
+    return "more than one exchange" if len(re.findall("user|human", spoken)) > 1 else "no exchange"
 
 
-def read_rows(text, kind, columns, delimiter):
-    """Yield (row number, raw row, what is wrong with its form or "") for each row of an open file.
-
-    A raw row is {folded column name: value} where its form is right. Row numbers are what a
-    spreadsheet shows for a CSV (its header is row 1), else the line or the position in the list.
-    Raises ValueError where the file as a whole can't be read.
-    """
-    if kind in ("csv", "tsv"):
-        yield from read_csv(text, columns, delimiter)
-        return
-    # numbers stay as they are written: 1e5 comes out as "1e5", not as 100000.0
-    as_written = dict(parse_float=str, parse_int=str, parse_constant=str)
-    decoder = json.JSONDecoder(object_pairs_hook=collect, **as_written)
-    if kind == "jsonl":
-        items = ((number, line) for number, line in enumerate(text, 1) if line.strip())
-    else:
-        try:
-            rows = decoder.decode(text.read())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {error.lineno}: not valid JSON ({error.msg})") from None
-        if not isinstance(rows, list):
-            raise ValueError('must be a list of objects, [{"instruction": ...}, ...]')
-        items = enumerate(rows, 1)
-    for number, item in items:
-        reason = "not an object"
-        if kind == "jsonl":
-            try:
-                item = decoder.decode(item.strip())
-            except (json.JSONDecodeError, RecursionError):
-                reason = "not valid JSON"
-        if isinstance(item, dict):
-            item, reason = collect((k.strip().casefold(), value) for k, value in item.items()), ""
-        yield number, item, reason
-
-
-def read_csv(text, columns, delimiter):
-    """Yield the rows of a CSV like read_rows; the delimiter is the one that finds the columns."""
-    csv.field_size_limit(2**31 - 1)  # else a long cell is an error
-    first = text.readline()
-    if not first.strip():
-        raise ValueError("the first line is empty; it must name the columns")
-    for mark in [DELIMITERS[delimiter]] if delimiter != "auto" else ",;\t|":
-        names = [name.strip().casefold() for name in next(csv.reader([first], delimiter=mark))]
-        if {"instruction", "output"} <= set(map(columns.get, names)):
-            break
-    else:
-        wanted = " and ".join(f'"{name}"' for name, field in columns.items() if field != "input")
-        found = f"no columns {wanted} in the first line {first.strip()[:80]!r}"
-        raise ValueError(f"{found}; name yours, --columns instruction=... output=...")
-    for name, field in columns.items():
-        if names.count(name) > 1:
-            raise ValueError(f"two columns stand for {field}; rename one in the file")
-    reader = csv.reader(itertools.chain([first], text), delimiter=mark, strict=True)
-    for number in itertools.count(1):
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            if "end of data" in str(error):
-                raise ValueError(f"row {number}: a quote is never closed; close it") from None
-            yield number, None, "broken quotes"
-            continue
-        if cells is None:
-            return
-        if len(cells) > len(names):
-            yield number, cells, "too many fields"
-        elif cells and number > 1:  # an empty list is a blank line, row 1 the header
-            yield number, dict(zip(names, cells)), ""
-
-
-def clean_record(raw, columns):
-    """Return the record of a raw row, or why (a str) there is none; columns: {name: field}."""
-    record = {}
-    for name, field in columns.items():
-        value = raw.get(name)
-        if value is None:
-            value = ""
-        elif isinstance(value, bool):
-            value = "true" if value else "false"
-        elif not isinstance(value, str):
+def to_record(raw: dict, columns: dict):
+    """Return the texts of FIELDS of a raw row as a tuple, or why (a str) there are none."""
+    values = [raw.get(columns.get(field)) for field in FIELDS]
+    if "messages" in columns:
+        values = to_exchange(raw[columns["messages"]])
+    if isinstance(values, str):
+        return values
+    record = []
+    for field, value in zip(FIELDS, values):
+        value = json.dumps(value) if isinstance(value, bool) else value or ""
+        if not isinstance(value, str):
             return f"{field} is not text"
-        if "\0" in value:
-            return f"{field} has a NUL character"
-        if not value.isascii() and value.encode(errors="ignore").decode() != value:
-            return f"{field} has a lone surrogate"
-        record[field] = value.strip()
-    missing = [field for field in ("instruction", "output") if not record[field]]
-    return f"no {missing[0]}" if missing else record
+        if "\0" in value or not value.isascii() and value.encode(errors="ignore").decode() != value:
+            return f"{field} has a NUL character or a lone surrogate"
+        record.append(value.strip())
+    instruction, input, output = record if record[0] else (record[1], "", record[2])
+    missing = "output" if instruction else "instruction"
+    return (instruction, input, output) if instruction and output else f"no {missing}"
 
 
-def fold(text):
-    """Text as compared: Unicode NFC, without regard to case and white space."""
-    text = unicodedata.normalize("NFC", text).casefold()
-    if text.isprintable() and "  " not in text:
-        return text.strip()  # most text: single blanks are its only white space, nothing to split
-    return " ".join(text.split())
+def read_records(rows, known: dict):
+    """Return a frame of records, (row, reason, line) of the rest, {names: columns} of all rows."""
+    import pandas as pd  # here, because --help must answer at once
+
+    records, rejected, columns = [], [], {}
+    for number, raw, reason in rows:
+        names = () if reason else tuple(raw)
+        if names not in columns:
+            columns[names] = find_columns(names, known)
+        record = reason or to_record(raw, columns[names])
+        if isinstance(record, str):
+            rejected.append((number, record, json.dumps(dict(row=number, reason=record, raw=raw))))
+        else:
+            records.append(record)
+    return pd.DataFrame(records, columns=FIELDS, dtype=object), rejected, columns
 
 
-def split_rows(keys, share, seed):
-    """Choose the validation rows: for each row's question key (bytes), True where it is held out.
+def drop_repeats(frame):
+    """Return the rows that do not repeat an earlier one, each with its question's key (bytes)."""
+    pairs = zip(frame["instruction"], frame["input"])
+    texts = (f"{fold(instruction)}\0{fold(input)}".encode() for instruction, input in pairs)
+    frame = frame.assign(question=[blake2b(text, digest_size=16).digest() for text in texts])
+    again = frame[frame.duplicated("question", keep=False)]  # only their answers are compared
+    repeats = again.assign(output=again["output"].map(fold)).duplicated(["question", "output"])
+    return frame.drop(again.index[repeats])
 
-    Rows with one key stay together. Keys are ranked by a seeded hash, so adding rows moves few
-    others, and taken in that order where they fit into round(rows x share). With two keys or more
-    and a share above 0, each side has at least one.
-    """
-    groups, salt = Counter(keys), b"%d:" % seed
+
+def split_rows(questions, share: float, seed: int):
+    """Hold out whole questions in the order of a seeded hash: more rows then move few old ones."""
+    groups, salt = Counter(questions), b"%d:" % seed
     ranked = sorted(groups, key=lambda key: blake2b(salt + key, digest_size=8).digest())
-    room = round(len(keys) * share)
-    held_out = set()
+    held_out, room = set(), round(len(questions) * share)
     for key in ranked[:-1]:
         if groups[key] <= room:
             held_out.add(key)
             room -= groups[key]
     if share and not held_out and len(ranked) > 1:
         held_out.add(min(ranked, key=groups.get))
-    return [key in held_out for key in keys]
+    return questions.map(lambda key: key in held_out)
 
 
-def write_files(folder, files):
-    """Write {name: lines as bytes} into folder, all or none; train.jsonl is the last of them.
-
-    The new files are written aside, the old ones moved aside, the new ones moved into place; a
-    failure or Ctrl-C brings the old ones back. A kill between two moves leaves no train.jsonl,
-    which goes first and comes last: no training on new rows beside old ones.
-    """
-    new = {folder / name: folder / f".{name}.{os.getpid()}" for name in files}
-    old = {path: new[path].with_suffix(".old") for path in new if os.path.isfile(path)}
+def write_files(folder: Path, files: dict):
+    """Write {name: lines}: all aside; then the old train.jsonl goes first, the new comes last."""
+    aside = {folder / name: folder / f".{name}.new" for name in files}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in [path for name in files for path in folder.glob(f".{name}.*")]:
-            leftover.unlink()  # of a run that was killed
-        with contextlib.ExitStack() as undo:  # what was done is undone, last first, if a step fails
-            for path, aside in new.items():
-                undo.callback(aside.unlink, missing_ok=True)
-                with open(aside, "wb", buffering=2**20) as file:
-                    file.writelines(files[path.name])
-                    file.flush()
-                    os.fsync(file.fileno())
-            for path, aside in reversed(old.items()):
-                os.rename(path, aside)
-                undo.callback(os.replace, aside, path)
-            for path, aside in new.items():
-                os.replace(aside, path)
-                undo.callback(path.unlink)
-            undo.pop_all()
+        for path, new in aside.items():
+            with open(new, "w", encoding="utf-8", newline="\n") as file:
+                file.writelines(files[path.name])
+        for path in reversed(aside):
+            path.unlink(missing_ok=True)
+        for path, new in aside.items():
+            os.replace(new, path)
     except OSError as error:
-        sys.exit(f"error: can't write {folder}: {error.strerror}; what stood there is unchanged")
-    for aside in old.values():
-        with contextlib.suppress(OSError):
-            aside.unlink()
+        sys.exit(f"error: can't write {folder}: {error.strerror}; make room, or choose an --output")
+    finally:
+        for new in filter(os.path.isfile, aside.values()):
+            new.unlink()
+
+
+def check(frame, rejected: list, names: list, args) -> str:
+    """Return the reasons for rejection; ValueError where too little of the file can be used."""
+    reasons, total = Counter(reason for _, reason, _ in rejected), len(frame) + len(rejected)
+    lost = {fold(pair.partition("=")[2]) for pair in args.columns} - {*names}
+    broken = 2 * reasons["not valid JSON"] > total
+    if lost or broken or frame.empty or args.strict and rejected:
+        row, reason, line = rejected[0] if rejected else (0, "no row at all", "")
+        first = f"row or line {row}: {reason}: {line[:99]}; found {str(names)[:300]}"
+        cause = f"{len(rejected)} of {total} rows can't be used, {first}; name your columns"
+        raise ValueError(f"{cause}: --columns instruction=NAME output=NAME")
+    return ", ".join(f"{reason}: {n:,}" for reason, n in reasons.most_common()) or "none"
 
 
 def main(argv=None):
     args = parse_args(argv)
     source, folder = Path(args.input), Path(args.output)
-    kind = source.name.lower().removesuffix(".gz").rpartition(".")[2]
     if not os.path.isfile(source):
-        sys.exit(f"error: {source}: no such file; --input takes a .csv, .tsv, .json or .jsonl file")
-    if kind not in ("csv", "tsv", "json", "jsonl"):
-        sys.exit(f"error: {source}: unknown kind; its name must end in .csv, .tsv, .json or .jsonl")
-    if os.path.exists(folder) and not folder.is_dir():
-        sys.exit(f"error: {folder} is a file; --output takes a folder")
-    if source.resolve() in [(folder / name).resolve() for name in NAMES]:
+        sys.exit(f"error: {source}: no such file; --input takes a table, JSON or parquet file")
+    if source.resolve() in [(folder / name).resolve() for name in FILES]:
         sys.exit(f"error: {source} would be overwritten; choose another --output")
-
-    names = {field: field for field in FIELDS} | dict(pair.split("=", 1) for pair in args.columns)
-    columns = {name.strip().casefold(): field for field, name in names.items()}
-    if len(columns) < len(FIELDS):
-        sys.exit("error: --columns: one column stands for two fields; name another")
-    lines, keys, lengths, rejected, known, seen = [], [], [], [], set(), set()
-    as_json = json.encoder.encode_basestring  # a JSON string, as ensure_ascii=False writes it
-    read = 0
+    asked = {pair.partition("=")[0]: [fold(pair.partition("=")[2])] for pair in args.columns}
+    known = KNOWN | {"messages": []} | asked if asked else KNOWN
     try:
-        with open_text(source, args.encoding) as text:
-            rows = read_rows(text, kind, columns, args.delimiter)
-            shown = tqdm(rows, "reading", unit=" rows", disable=None, leave=False, delay=2)
-            for number, raw, reason in shown:
-                read += 1
-                seen.update(() if reason else raw)
-                record = reason or clean_record(raw, columns)
-                if isinstance(record, str):
-                    rejected.append({"row": number, "reason": record, "raw": raw})
-                    continue
-                question = fold(record["instruction"]) + "\0" + fold(record["input"])
-                answer = fold(record["output"])
-                key = blake2b(question.encode(), digest_size=16).digest()  # alike by chance: 1e-27
-                both = key, hash(answer)  # 64 bits do among the answers to one question
-                if both in known:
-                    continue
-                known.add(both)
-                keys.append(key)
-                lengths.append(question.count(" ") + answer.count(" ") + 2)
-                lines.append((LINE % tuple(map(as_json, record.values()))).encode())
+        rows = read_rows(source, args.encoding, args.delimiter, known)
+        frame, rejected, columns = read_records(rows, known)
+        names = list(dict.fromkeys(name for names in columns for name in names))
+        reasons = check(frame, rejected, names, args)
     except UnicodeError:
         sys.exit(f"error: {source}: not {args.encoding} text; try --encoding windows-1252, utf-16")
-    except (OSError, EOFError, ValueError, LookupError, RecursionError, zlib.error) as error:
-        sys.exit(f"error: {source}: {error}")
-
-    reasons = Counter(row["reason"] for row in rejected)
-    complaint = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
-    if rejected and args.strict:
-        first = rejected[0]["row"]
-        sys.exit(f"error: {source}: {complaint}, first in row {first}; mend them or drop --strict")
-    if not lines:
-        cause = complaint or "it is empty"
-        sys.exit(f"error: {source}: no usable row ({cause}); name your columns with --columns")
-
-    held_out = split_rows(keys, args.val_split, args.seed)
-    files = {
-        "rejected.jsonl": [json.dumps(row).encode() + b"\n" for row in rejected],
-        "val.jsonl": [line for line, val in zip(lines, held_out) if val],
-        "train.jsonl": [line for line, val in zip(lines, held_out) if not val],
-    }
-    write_files(folder, files)
-    lengths.sort()
-    conflicts = sum(count for count in Counter(keys).values() if count > 1)
+    except (OSError, EOFError, ValueError, LookupError, ImportError, zlib.error) as error:
+        sys.exit(f"error: {source}: {' '.join(str(error).split())}")
+    kept = drop_repeats(frame)
+    held_out = split_rows(kept["question"], args.val_split, args.seed)
+    train, val = kept[~held_out], kept[held_out]
+    quoted = json.encoder.encode_basestring  # a JSON string, as ensure_ascii=False writes it
+    sides = [zip(*(map(quoted, side[field]) for field in FIELDS)) for side in (val, train)]
+    texts = [(f"{line}\n" for *_, line in rejected), *(map(LINE.__mod__, side) for side in sides)]
+    write_files(folder, dict(zip(FILES, texts)))
+    conflicts = int(kept.duplicated("question", keep=False).sum())
+    alone = " (all rows ask the same question)" if args.val_split and val.empty else ""
     report = {
-        "read": (read, f"<- {source}"),
-        "rejected": (len(rejected), f"-> {folder / 'rejected.jsonl'} ({complaint or 'none'})"),
-        "duplicates": (read - len(rejected) - len(lines), "of another row, left out"),
+        "read": (len(frame) + len(rejected), f"<- {source}"),
+        "rejected": (len(rejected), f"-> {folder / FILES[0]} ({reasons})"),
+        "duplicates": (len(frame) - len(kept), "of another row, left out"),
         "conflicts": (conflicts, "ask the same and answer differently"),
-        "train": (len(files["train.jsonl"]), f"-> {folder / 'train.jsonl'}"),
-        "val": (len(files["val.jsonl"]), f"-> {folder / 'val.jsonl'}"),
+        "train": (len(train), f"-> {folder / FILES[2]}"),
+        "val": (len(val), f"-> {folder / FILES[1]}{alone}"),
     }
     for name, (count, note) in report.items():
         print(f"{name:<10} {count:>9,} rows {note}")
-    if unused := seen - columns.keys():
-        print(f"columns    not used: {repr(sorted(unused))[1:160].rstrip(']')}; see --columns")
-    median, p95 = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
-    print(f"length     median {median:,}, p95 {p95:,}, max {lengths[-1]:,} words a row")
+    taken = {name: field for fields in columns.values() for field, name in fields.items()}
+    unused = [name for name in names if name not in taken]
+    print(f"columns    {taken}; not used: {str(unused)[:160]}")
+    some = kept[:: len(kept) // 100_000 + 1]  # of a large file not every row is measured
+    words = sum(some[field].map(lambda text: len(text.split())) for field in FIELDS)
+    median, p95, longest = words.quantile([0.5, 0.95, 1], interpolation="higher")
+    print(f"length     median {median:,}, p95 {p95:,}, max {longest:,} words a row")
     print(f"next: python lora_finetune.py --dataset {folder}")
     return {name: count for name, (count, _) in report.items()}
 
@@ -342,7 +346,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted; nothing was written")
-    except BrokenPipeError:  # the reader, such as head, has left; the files are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit("error: interrupted; run it again")
