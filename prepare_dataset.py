@@ -30,7 +30,6 @@ OUTPUT = "data/prepared"  # folder for train.jsonl and val.jsonl
 COLUMNS = []  # names that are not in KNOWN below: ["instruction=title", "output=body"]
 ENCODING = "utf-8"  # of the input; a byte order mark in the file wins
 DELIMITER = "auto"  # of a table: auto, or one of , ; tab |
-# split
 VAL_SPLIT = 0.1  # share of the rows held out for validation, 0 up to 1
 SEED = 42  # same seed, same split
 STRICT = False  # True: refuse the whole file if any row is unusable
@@ -46,9 +45,10 @@ KNOWN = {  # column names that need no flag; where a row has several, the first 
 DELIMITERS = {"auto": ",;\t|", ",": ",", ";": ";", "tab": "\t", "|": "|"}
 MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # byte order
 FILES = ["rejected.jsonl", "val.jsonl", "train.jsonl"]  # train.jsonl last: see write_files
+REJECTED_LINE = '{"row": %d, "reason": "%s", "raw": %s}\n'
 LINE = '{"instruction": %s, "input": %s, "output": %s}\n'  # of val.jsonl and train.jsonl
 OTHER_KINDS = {  # how files begin that hold no text: what they are, and the way to a CSV
-    rb"PK\x03\x04.*(xl/|word/)|\xd0\xcf\x11\xe0": "an Excel or Word file; save its table as CSV",
+    rb"PK\x03\x04.*(xl/|word/|opendoc)|\xd0\xcf\x11\xe0": "an Excel or Word file; save it as CSV",
     rb"PK\x03\x04|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc|Rar!": "a zip or the like; unpack it first",
     rb"%PDF": "a PDF; copy its table to a spreadsheet, save that as CSV",
     rb"\x80[\x02-\x05]": "a pickle; if you trust it, pandas.read_pickle(...).to_csv(...)",
@@ -68,8 +68,8 @@ def parse_args(argv=None):
     add("--delimiter", default=DELIMITER, choices=DELIMITERS, help=f"of a table {default}")
     add("--val-split", type=float, default=VAL_SPLIT, help=f"share held out, 0 up to 1 {default}")
     add("--seed", type=int, default=SEED, help=f"same seed, same split {default}")
-    switch = {"action": argparse.BooleanOptionalAction, "default": STRICT}
-    add("--strict", **switch, help=f"refuse a file with any unusable row {default}")
+    switch = argparse.BooleanOptionalAction
+    add("--strict", action=switch, default=STRICT, help=f"refuse a file with bad rows {default}")
     args = parser.parse_args(argv)
     if not 0 <= args.val_split < 1:
         parser.error(f"--val-split {args.val_split}: must be at least 0 and below 1, e.g. 0.1")
@@ -113,7 +113,7 @@ def read_table(text, head: str, delimiter: str, known: dict):
             f"{name} {i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)
         ]
         rows = enumerate(csv.reader(text, delimiter=mark, strict=True, skipinitialspace=True), 1)
-        next((cells for _, cells in rows if any(cells)), None)  # the header
+        number = next((place for place, cells in rows if any(cells)), 0)  # of the header
         for number, cells in rows:
             if any(map(str.strip, cells[len(names) :])):
                 yield number, cells, "more cells than columns"
@@ -137,7 +137,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=by_name, **AS_WRITTEN)  # 1e5 is "1
 def read_json(text, head: str, known: dict):
     """Yield the rows of JSON like read_rows: objects, a list, or a wrapper with one list in it."""
     first = head.strip().partition("\n")[0].strip()
-    one_a_line = first.startswith("{") and first.endswith("}")
+    one_a_line = first.startswith("{") and (first.endswith("},") or first[-1] not in "{[:,")
     # else over many lines: inside a value no } is followed by a { on a new line
     pieces = text if one_a_line else re.split(r"(?<=\})\s*\n\s*(?=\{)", text.read())
     for number, piece in enumerate(pieces, 1):
@@ -150,8 +150,9 @@ def read_json(text, head: str, known: dict):
         if number == 1 and isinstance(value, dict) and not find_columns(value, known):
             lists = [items for items in value.values() if isinstance(items, list)]
             value = lists[0] if len(lists) == 1 and lists[0] else value
-        for place, row in enumerate(value, 1) if isinstance(value, list) else [(number, value)]:
-            yield place, row, "" if isinstance(row, dict) else "not an object of different names"
+        whole = number == 1 and isinstance(value, list)
+        for place, row in enumerate(value, 1) if whole else [(number, value)]:
+            yield place, row, "" if isinstance(row, dict) else "not an object with each name once"
 
 
 def read_parquet(file):
@@ -223,7 +224,7 @@ def to_record(raw: dict, columns: dict):
 
 
 def read_records(rows, known: dict):
-    """Return a frame of records, (row, reason, line) of the rest, {names: columns} of all rows."""
+    """Return a frame of records, (row, reason, raw) of the rest, {names: columns} of all rows."""
     import pandas as pd  # here, because --help must answer at once
 
     records, rejected, columns = [], [], {}
@@ -233,7 +234,7 @@ def read_records(rows, known: dict):
             columns[names] = find_columns(names, known)
         record = reason or to_record(raw, columns[names])
         if isinstance(record, str):
-            rejected.append((number, record, json.dumps(dict(row=number, reason=record, raw=raw))))
+            rejected.append((number, record, json.dumps(raw)))
         else:
             records.append(record)
     return pd.DataFrame(records, columns=FIELDS, dtype=object), rejected, columns
@@ -242,7 +243,7 @@ def read_records(rows, known: dict):
 def drop_repeats(frame):
     """Return the rows that do not repeat an earlier one, each with its question's key (bytes)."""
     pairs = zip(frame["instruction"], frame["input"])
-    texts = (f"{fold(instruction)}\0{fold(input)}".encode() for instruction, input in pairs)
+    texts = ("\0".join(map(fold, pair)).encode() for pair in pairs)
     frame = frame.assign(question=[blake2b(text, digest_size=16).digest() for text in texts])
     again = frame[frame.duplicated("question", keep=False)]  # only their answers are compared
     repeats = again.assign(output=again["output"].map(fold)).duplicated(["question", "output"])
@@ -286,12 +287,12 @@ def check(frame, rejected: list, names: list, args) -> str:
     """Return the reasons for rejection; ValueError where too little of the file can be used."""
     reasons, total = Counter(reason for _, reason, _ in rejected), len(frame) + len(rejected)
     lost = {fold(pair.partition("=")[2]) for pair in args.columns} - {*names}
-    broken = 2 * reasons["not valid JSON"] > total
-    if lost or broken or frame.empty or args.strict and rejected:
-        row, reason, line = rejected[0] if rejected else (0, "no row at all", "")
-        first = f"row or line {row}: {reason}: {line[:99]}; found {str(names)[:300]}"
-        cause = f"{len(rejected)} of {total} rows can't be used, {first}; name your columns"
-        raise ValueError(f"{cause}: --columns instruction=NAME output=NAME")
+    if lost or frame.empty or 2 * reasons["not valid JSON"] > total or args.strict and rejected:
+        cause = f"no column {', '.join(lost)}" if lost else "no rows in it"
+        if rejected and not lost:
+            row, reason, raw = rejected[0]
+            cause = f"{len(rejected)} of {total} rows unusable: row/line {row}: {reason}: {raw:.80}"
+        raise ValueError(f"{cause}; found {str(names)[:300]}; try --columns instruction=A output=B")
     return ", ".join(f"{reason}: {n:,}" for reason, n in reasons.most_common()) or "none"
 
 
@@ -318,9 +319,9 @@ def main(argv=None):
     train, val = kept[~held_out], kept[held_out]
     quoted = json.encoder.encode_basestring  # a JSON string, as ensure_ascii=False writes it
     sides = [zip(*(map(quoted, side[field]) for field in FIELDS)) for side in (val, train)]
-    texts = [(f"{line}\n" for *_, line in rejected), *(map(LINE.__mod__, side) for side in sides)]
+    texts = [map(REJECTED_LINE.__mod__, rejected), *(map(LINE.__mod__, side) for side in sides)]
     write_files(folder, dict(zip(FILES, texts)))
-    conflicts = int(kept.duplicated("question", keep=False).sum())
+    conflicts = sum(kept.duplicated("question", keep=False))
     alone = " (all rows ask the same question)" if args.val_split and val.empty else ""
     report = {
         "read": (len(frame) + len(rejected), f"<- {source}"),
@@ -333,8 +334,7 @@ def main(argv=None):
     for name, (count, note) in report.items():
         print(f"{name:<10} {count:>9,} rows {note}")
     taken = {name: field for fields in columns.values() for field, name in fields.items()}
-    unused = [name for name in names if name not in taken]
-    print(f"columns    {taken}; not used: {str(unused)[:160]}")
+    print(f"columns    {taken}; not used: {str([n for n in names if n not in taken])[:160]}")
     some = kept[:: len(kept) // 100_000 + 1]  # of a large file not every row is measured
     words = sum(some[field].map(lambda text: len(text.split())) for field in FIELDS)
     median, p95, longest = words.quantile([0.5, 0.95, 1], interpolation="higher")
