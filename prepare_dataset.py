@@ -142,7 +142,7 @@ def read_json(text, head: str, known: dict):
     pieces = text if one_a_line else re.split(r"(?<=\})\s*\n\s*(?=\{)", text.read())
     for number, piece in enumerate(pieces, 1):
         try:
-            value = DECODER.decode(piece)
+            value = DECODER.decode(piece.rstrip())
         except (json.JSONDecodeError, RecursionError) as error:
             if piece.strip():  # not a blank line
                 yield number + getattr(error, "lineno", 1) - 1, piece.strip(), "not valid JSON"
