@@ -1,11 +1,9 @@
 """prepare_dataset.py: what goes in comes out, on the right side, or is named and kept aside."""
 
 import csv
-import errno
 import gzip
 import io
 import json
-import lzma
 import os
 import pickle
 import random
@@ -40,8 +38,8 @@ def jsonl(items):
     return "".join(json.dumps(item) + "\n" for item in items)
 
 
-def chat(*turns, role="role", content="content", column="messages"):
-    return {column: [{role: speaker, content: text} for speaker, text in turns]}
+def chat(*turns):
+    return {"messages": [{"role": speaker, "content": text} for speaker, text in turns]}
 
 
 def parquet(**columns):
@@ -127,18 +125,13 @@ anything = st.one_of(st.sampled_from(awkward), st.characters(exclude_categories=
 short = st.sampled_from(["a", "A ", "b", "é", "e\u0301", "what?", "What ?", "", " "])
 text = st.one_of(st.text(anything, max_size=12), short)
 records = st.lists(st.fixed_dictionaries(dict.fromkeys(FIELDS, text)), max_size=12)
-encodings = st.sampled_from(["utf-8", "utf-8-sig", "utf-16"])
-
-
-def as_csv(rows, delimiter, quote_all, end):
-    """A table by the rules of RFC 4180, written here: csv.writer does not quote every line end."""
-
-    def cell(value):
-        if quote_all or set(value) & set(delimiter + '"\r\n') or value != value.strip():
-            return '"' + value.replace('"', '""') + '"'
-        return value
-
-    return "".join(delimiter.join(map(cell, values)) + end for values in rows)
+packed = st.sampled_from(
+    [
+        str.encode,
+        lambda raw: raw.encode("utf-16"),
+        lambda raw: gzip.compress(raw.encode("utf-8-sig")),
+    ]
+)
 
 
 def check_round_trip(rows, raw, *flags):
@@ -162,44 +155,30 @@ def check_round_trip(rows, raw, *flags):
 
 
 @quick
-@given(
-    rows=records,
-    order=st.permutations(FIELDS),
-    case=st.sampled_from([str.lower, str.upper, " {}\n".format]),
-    extra=st.booleans(),
-    delimiter=st.sampled_from(",;\t|"),
-    quote_all=st.booleans(),
-    end=st.sampled_from(["\n", "\r\n", "\r"]),
-    encoding=encodings,
-    gz=st.booleans(),
-)
-def test_every_table_comes_out_as_it_went_in(
-    rows, order, case, extra, delimiter, quote_all, end, encoding, gz
-):
-    table = [[*map(case, order)] + ["note"] * extra]
-    table += [[record[name] for name in order] + ["x"] * extra for record in rows]
-    raw = as_csv(table, delimiter, quote_all, end).encode(encoding)
-    check_round_trip(rows, gzip.compress(raw) if gz else raw)
+@given(records, st.permutations(FIELDS), st.sampled_from(",;\t|"), st.data(), packed)
+def test_every_table_comes_out_as_it_went_in(rows, order, delimiter, data, pack):
+    case = data.draw(st.sampled_from([str.lower, str.upper, " {}\n".format]))
+    quoting = data.draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=delimiter, quoting=quoting, lineterminator="\r\n")
+    writer.writerow([*map(case, order), "note"])
+    writer.writerows([*map(record.get, order), "x"] for record in rows)
+    check_round_trip(rows, pack(text.getvalue()))
 
 
 @quick
-@given(
-    rows=records,
-    form=st.sampled_from(["list", "lines", "objects", "wrapper"]),
-    indent=st.sampled_from([None, 0, 2]),
-    ascii=st.booleans(),
-    end=st.sampled_from(["\n", "\r\n", "\n\n"]),
-    encoding=encodings,
-    gz=st.booleans(),
-)
-def test_every_json_comes_out_as_it_went_in(rows, form, indent, ascii, end, encoding, gz):
-    whole = {"v": 1, "data": rows} if form == "wrapper" and rows else rows
-    raw = json.dumps(whole, indent=indent, ensure_ascii=ascii)
+@given(records, st.sampled_from(["list", "lines", "objects", "wrapper"]), st.data(), packed)
+def test_every_json_comes_out_as_it_went_in(rows, form, data, pack):
+    one_line = [None] if form == "lines" else [None, 0, 2]
+    look = {
+        "indent": data.draw(st.sampled_from(one_line)),
+        "ensure_ascii": data.draw(st.booleans()),
+    }
+    raw = json.dumps({"v": 1, "data": rows} if form == "wrapper" and rows else rows, **look)
     if form in ("lines", "objects"):
-        indent = indent if form == "objects" else None
-        raw = end.join(json.dumps(item, indent=indent, ensure_ascii=ascii) for item in rows)
-    raw = raw.encode(encoding)
-    check_round_trip(rows, gzip.compress(raw) if gz else raw)
+        end = data.draw(st.sampled_from(["\n", "\r\n", "\n\n"]))
+        raw = end.join(json.dumps(item, **look) for item in rows)
+    check_round_trip(rows, pack(raw))
 
 
 @quick
@@ -231,34 +210,18 @@ def test_of_any_json_lines_every_row_is_written_repeated_or_rejected(items, data
     assert all(item["row"] >= 1 and item["reason"] and "raw" in item for item in rejected)
 
 
-whole = '[{"instruction": "a", "input": null, "output": 1.5}, {"output": [[true]]}]'
-scraps = st.lists(
-    st.one_of(
-        st.sampled_from(['"', '""', ",", "\r", "\n", "{", "}", "[", "]", ":", "\\u", "\\ud800"]),
-        st.sampled_from(["instruction", '"output"', "output,", "a,x\n", whole, "\0", "1e999"]),
-        st.text(max_size=5),
-    ).map(str.encode)
-    | st.binary(max_size=5)
-    | st.sampled_from([b"\x1f\x8b", b"\xff\xfe", b"PAR1", gzip.compress(whole.encode())]),
-    max_size=8,
-).map(b"".join)
+whole = b'[{"instruction": "a", "input": null, "output": 1.5}, {"output": [[true]]}]'
+scraps = [b'"', b'""', b",", b"\r", b"\n", b"{", b"}", b"[", b"]", b":", b"\\u", b"\\ud800", b"\0"]
+scraps += [b"instruction", b'"output"', b"output,", b"a,x\n", b"1e999", whole, gzip.compress(whole)]
+scraps += [b"\x1f\x8b", b"\xff\xfe", b"PAR1", b"PK\3\4", b"instruction,output\n", b'{"a": 1}\n']
+scraps = st.lists(st.sampled_from(scraps) | st.binary(max_size=5), max_size=9).map(b"".join)
+flags = st.sampled_from([[], ["--strict"], ["--encoding", "utf-16"], ["--delimiter", "|"]])
 
 
-@quick
-@given(
-    raw=scraps,
-    head=st.sampled_from([b"", b"instruction,output\n", b"prompt\tanswer,note\r\n", b'{"a": 1}\n']),
-    gz=st.booleans(),
-    cut=st.integers(0, 60),
-    spoiled=st.one_of(st.none(), st.integers(0, 200)),
-    flags=st.sampled_from([[], ["--strict"], ["--encoding", "utf-16"], ["--delimiter", "|"]]),
-)
-def test_whatever_the_bytes_it_ends_well_or_in_one_line(raw, head, gz, cut, spoiled, flags):
-    raw = gzip.compress(head + raw, mtime=0) if gz else head + raw
-    raw = raw[: len(raw) - cut] if cut < 20 else raw
-    if spoiled is not None and raw:
-        place = spoiled % len(raw)
-        raw = raw[:place] + bytes([raw[place] ^ 0xFF]) + raw[place + 1 :]
+@settings(quick, max_examples=300)
+@given(scraps, st.sampled_from([b"", b"prompt,output\r\n"]), st.sampled_from([0, 1, 3, 99]), flags)
+def test_whatever_the_bytes_it_ends_well_or_in_one_line(raw, head, cut, flags):
+    raw = head + raw if cut == 99 else gzip.compress(head + raw, mtime=0)[: -cut or None]
     with tempfile.TemporaryDirectory() as folder:
         source = write(Path(folder, "rows"), raw)
         try:
@@ -273,10 +236,9 @@ def test_whatever_the_bytes_it_ends_well_or_in_one_line(raw, head, gz, cut, spoi
 QA = [row("a?", output="x"), row("b?", output="y")]
 PAIRS = [{"prompt": "a?", "completion": "x"}, {"prompt": "b?", "completion": "y"}]
 SHAREGPT = [
-    chat(("human", r["instruction"]), ("gpt", r["output"]), role="from", content="value",
-         column="conversations") | {"id": 7}
-    for r in QA
-]  # fmt: skip
+    {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}], "id": 7}
+    for q, _, a in map(dict.values, QA)
+]
 OPENAI = [chat(("user", r["instruction"]), ("assistant", r["output"])) for r in QA]
 
 # what stands in the file and the flags; each holds the two records of QA
@@ -318,7 +280,7 @@ FORMS = {
     "chats of OpenAI": (jsonl(OPENAI),),
     "one chat over many lines and another": ("\n".join(json.dumps(o, indent=1) for o in OPENAI),),
     "chats beside a prompt": (jsonl([{"prompt": "-", **item} for item in OPENAI]),),
-    "rows beside a chat": (jsonl([{"messages": "-", **item} for item in PAIRS]),),
+    "rows beside a chat": (jsonl([{"messages": "-", **item} for item in PAIRS]),)
 }  # fmt: skip
 
 
@@ -330,79 +292,56 @@ def test_a_file_is_read_by_what_is_in_it_whatever_its_name(tmp_path, form, name)
     assert kept(tmp_path, content, *flags, name=name) == (QA, [])
 
 
-@pytest.mark.parametrize("encoding", ["windows-1252", "utf-16-le"])
-def test_an_encoding_is_heeded_when_named(tmp_path, encoding):
-    raw = "question;answer\nCafé – 5 €?;“ja”\n".encode(encoding)
-    wanted = [row("Café – 5 €?", output="“ja”")]
-    assert kept(tmp_path, raw, "--encoding", encoding)[0] == wanted
-    marked = "question;answer\nCafé – 5 €?;“ja”\n".encode("utf-16")
-    assert kept(tmp_path, marked, "--encoding", encoding)[0] == wanted
-
-
-def test_a_system_message_stands_before_the_question(tmp_path):
-    talks = [chat(("system", "Be brief."), ("user", "a?"), ("assistant", "x"))]
-    talks += [chat(("developer", ""), ("User", "b?"), ("Assistant", "y"))]
-    wanted = [row("Be brief.\n\na?", output="x"), row("b?", output="y")]
-    assert kept(tmp_path, jsonl(talks)) == (wanted, [])
-
-
 def test_the_columns_that_are_taken_and_the_others_are_said(tmp_path, capsys):
     item = {"prompt": "a", "context": "c", "completion": "b", "id": 1}
     assert kept(tmp_path, [item]) == ([row("a", "c", "b")], [])
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("columns")]
-    assert re.search(
-        "prompt.*instruction.*context.*input.*completion.*output.*not used.*id", " ".join(said)
-    )
+    taken = "prompt.*instruction.*context.*input.*completion.*output.*not used.*id"
+    assert re.search(taken, " ".join(said))
 
 
-def test_csv_cells_stay_text(tmp_path):
-    cells = ["None", "NA", "NaN", "null", "007", "1e5", "1.0", "True", "-", "=1+1", 'a 5" disk']
-    train, _ = kept(tmp_path, "question,answer\n" + "".join(f"{cell},{cell}\n" for cell in cells))
-    assert train == [row(cell, output=cell) for cell in cells]
+GERMAN = "prompt;answer\nCafé – 5 €?;“ja”\n"
+CELLS = ["None", "NA", "NaN", "null", "007", "1e5", "1.0", "True", "-", "=1+1", 'a 5" disk']
+NUMBERS = ["1e5", "1.0", "1" * 24, "-0", "0.10", "1E+2", "true", "false", "9" * 5000]
+OBJECTS = [f'{{"prompt": "{n}", "answer": {n}}}' for n in NUMBERS]
+EMPTY = [f'{{"prompt": "a", "input": {e}, "output": "x"}}' for e in ("null", "NaN", '""', '" "')]
+LONG = "wörter, " * 37_500 + "end"
+FLOATS = [1.5, 2.0, float("nan"), None]
+
+# what stands in the file, (instruction, output) of what comes out, flags
+TEXTS = {
+    "cells": ("prompt,answer\n" + "".join(f"{c},{c}\n" for c in CELLS), zip(CELLS, CELLS)),
+    "numbers of lines": ("\n".join(OBJECTS), zip(NUMBERS, NUMBERS)),
+    "numbers of a list": (f"[{','.join(OBJECTS)}]", zip(NUMBERS, NUMBERS)),
+    "null and NaN are empty": ("\n".join(EMPTY), [("a", "x")]),
+    "a parquet's numbers": (parquet(prompt=[*"abcd"], answer=FLOATS), [("a", "1.5"), ("b", "2.0")]),
+    "outer white space goes": ([row("\n a  b\t", "", "- x\n  - y ")], [("a  b", "- x\n  - y")]),
+    "a very long cell": (f'prompt,answer\na,"{LONG}"\n', [("a", LONG)]),
+    "windows-1252": (GERMAN.encode("windows-1252"), [("Café – 5 €?", "“ja”")], "windows-1252"),
+    "UTF-16 without mark": (GERMAN.encode("utf-16-le"), [("Café – 5 €?", "“ja”")], "utf-16-le"),
+    "the mark wins": (GERMAN.encode("utf-16"), [("Café – 5 €?", "“ja”")], "windows-1252"),
+    "a system message": (
+        [chat(("system", "Be brief."), ("user", "a?"), ("assistant", "x"))]
+        + [chat(("developer", ""), ("User", "b?"), ("Assistant", "y"))],
+        [("Be brief.\n\na?", "x"), ("b?", "y")],
+    ),
+}
 
 
-@pytest.mark.parametrize("end", ["\n", ",\n"])
-def test_json_numbers_and_booleans_keep_their_text(tmp_path, end):
-    values = ["1e5", "1.0", "100000000000000000000000", "-0", "0.10", "true", "false", "9" * 5000]
-    values += ['"007"', '"NaN"']
-    items = [f'{{"prompt": "q{n}", "answer": {value}}}' for n, value in enumerate(values)]
-    raw = end.join(items) if end == "\n" else f"[{end.join(items)}]"
-    train, _ = kept(tmp_path, raw)
-    assert [record["output"] for record in train] == [value.strip('"') for value in values]
+@pytest.mark.parametrize("case", TEXTS)
+def test_every_text_comes_out_as_it_stands(tmp_path, case):
+    content, wanted, *encoding = TEXTS[case]
+    csv.field_size_limit(131_072)  # as in a fresh process
+    train, _ = kept(tmp_path, content, *(["--encoding", *encoding] if encoding else []))
+    assert train == [row(instruction, output=output) for instruction, output in wanted]
 
 
-@pytest.mark.parametrize("nothing", ["null", "NaN", '""', '" \\n"'])
-def test_null_and_nan_are_empty(tmp_path, nothing):
-    raw = f'{{"prompt": "a", "input": {nothing}, "output": "x"}}\n'
-    raw += f'{{"prompt": "a", "output": {nothing}}}\n'
-    train, rejected = kept(tmp_path, raw)
-    assert (train, [item["reason"] for item in rejected]) == ([row("a", output="x")], ["no output"])
-
-
-def test_values_of_a_parquet_become_the_text_that_json_has(tmp_path):
-    nan = float("nan")
-    raw = parquet(prompt=["a", "b", "c", "d"], answer=[1.5, 2.0, nan, None], n=[[1], [], None, [2]])
-    train, rejected = kept(tmp_path, raw)
-    assert [record["output"] for record in train] == ["1.5", "2.0"]
-    assert [(item["row"], item["reason"]) for item in rejected] == [
-        (3, "no output"),
-        (4, "no output"),
-    ]
-    assert "NaN" not in (tmp_path / "out/rejected.jsonl").read_text()
-
-
-def test_the_output_is_utf_8_and_stripped_outside_only(tmp_path):
-    kept(tmp_path, [row("\u00a0é  한\n😀 ", "\u2028", '\ta "b"\n')])
+def test_the_output_is_utf_8_and_the_rejected_rows_are_strict_json(tmp_path):
+    kept(tmp_path, parquet(prompt=["é  한\n😀\u2028", ""], answer=['a "b"', "x"], n=[1, FLOATS[2]]))
     assert (tmp_path / "out/train.jsonl").read_bytes() == (
         '{"instruction": "é  한\\n😀", "input": "", "output": "a \\"b\\""}\n'.encode()
     )
-
-
-def test_a_cell_of_300000_characters_comes_out_whole(tmp_path):
-    csv.field_size_limit(131_072)  # as in a fresh process
-    long = "wörter, " * 37_500 + "end"
-    train, _ = kept(tmp_path, f'question,answer\na,"{long}"\n')
-    assert train == [row("a", output=long)]
+    assert "NaN" not in (tmp_path / "out/rejected.jsonl").read_text()
 
 
 def test_another_process_gives_the_same_bytes(tmp_path):
@@ -437,15 +376,12 @@ REJECTED_JSON = {
         "more than one exchange"
     ),
     json.dumps(chat(("assistant", "a"), ("user", "b"))): "the assistant speaks first",
-    json.dumps(chat(("system", "s"), ("assistant", "a"))): "the assistant speaks first",
     json.dumps(chat(("user", "a"))): "no exchange",
-    json.dumps(chat(("user", "a"), ("tool", "b"), ("assistant", "c"))): "no exchange",
     json.dumps(chat(("user", ""), ("assistant", "b"))): "no instruction",
     json.dumps(chat(("system", "s"), ("user", " "), ("assistant", "b"))): "no instruction",
     json.dumps(chat(("user", "a"), ("assistant", None))): "no output",
     json.dumps(chat(("user", [{"image": "x"}]), ("assistant", "b"))): "messages are not texts",
     '{"messages": "hi"}': "messages are not texts",
-    '{"messages": [7]}': "messages are not texts",
 }
 
 
@@ -465,23 +401,24 @@ def test_a_broken_first_line_costs_that_line_alone(tmp_path):
         assert (train, [item["row"] for item in rejected]) == ([row("a"), row("b")], [1])
 
 
-@pytest.mark.parametrize(
-    "line, reason",
-    [
-        ("a", "no output"),
-        (",x", "no instruction"),
-        ("a,x,more", "more cells than columns"),
-        ("a\0,x", "instruction has a NUL"),
-    ],
-)
-def test_an_unusable_row_of_a_table_is_kept_aside_with_number_and_reason(tmp_path, line, reason):
+# the same for a table
+REJECTED_CELLS = {
+    "a": "no output",
+    ",x": "no instruction",
+    "a,x,more": "more cells than columns",
+    "a\0,x": "instruction has a NUL|.*NUL",
+}
+
+
+@pytest.mark.parametrize("line", REJECTED_CELLS)
+def test_an_unusable_row_of_a_table_is_kept_aside_with_number_and_reason(tmp_path, line):
     if sys.version_info < (3, 11) and "\0" in line:
         pytest.skip("the csv module of Python 3.10 refuses a NUL")
     raw = f'question,answer\n"two\nlines",an answer\n{line}\nbetter,an answer\n'
     train, rejected = kept(tmp_path, raw)
     assert train == [row("two\nlines"), row("better")]
-    assert [item["row"] for item in rejected] == [3]
-    assert rejected[0]["reason"].startswith(reason) and rejected[0]["raw"]
+    assert [item["row"] for item in rejected] == [3] and rejected[0]["raw"]
+    assert re.match(REJECTED_CELLS[line], rejected[0]["reason"])
 
 
 def test_the_position_in_a_json_list_is_the_row_number(tmp_path):
@@ -505,18 +442,14 @@ def test_a_later_run_leaves_no_rejected_rows_of_an_earlier_one(tmp_path):
 
 
 def test_repeats_are_found_across_case_white_space_and_unicode_form(tmp_path):
-    rows = [
-        row("Où  est\nle Pod?", "Ä", "LÀ"),
-        row(unicodedata.normalize("NFD", " où est le pod? "), "A\u0308", "là\t"),
+    first = row("Où  est\nle Pod?", "Ä", "LÀ")
+    again = row(unicodedata.normalize("NFD", " où est le pod? "), "A\u0308", "là\t")
+    assert kept(tmp_path, [first, again, row("STRASSE"), row("straße")])[0] == [
+        first,
         row("STRASSE"),
-        row("straße"),
     ]
-    assert kept(tmp_path, rows)[0] == [rows[0], rows[2]]
-
-
-def test_the_same_letters_in_other_fields_are_another_row(tmp_path):
     rows = [row("a", "b", "cd"), row("a", "bc", "d"), row("ab", "", "cd"), row("ab", "cd", "cd")]
-    assert len(kept(tmp_path, rows)[0]) == 4
+    assert kept(tmp_path, rows)[0] == rows  # the same letters in other fields
 
 
 @quick
@@ -580,7 +513,7 @@ def test_the_summary_says_what_the_files_hold(tmp_path, capsys):
     source = write(tmp_path / "rows", rows)
     counts, *_ = prepare(source, tmp_path / "out", "--val-split", "0.2")
     assert counts == {
-        "read": 15, "rejected": 3, "duplicates": 1, "conflicts": 2, "train": 9, "val": 2,
+        "read": 15, "rejected": 3, "duplicates": 1, "conflicts": 2, "train": 9, "val": 2
     }  # fmt: skip
     out = capsys.readouterr().out.splitlines()
     figures = {line.split()[0]: line for line in out}
@@ -609,26 +542,6 @@ def test_a_full_disk_leaves_the_old_files(old):
     with pytest.raises(SystemExit, match="^error: .*File too large"), largest_file(8192):
         prepare(source, folder)
     assert snapshot(folder) == before
-
-
-@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
-@pytest.mark.parametrize("call", [1, 2, 3])
-def test_a_fault_while_the_files_change_leaves_no_train_file_beside_another_val_file(
-    old, monkeypatch, call, fault
-):
-    folder, source, before = old
-    replace, calls = os.replace, []
-
-    def failing(*args):
-        calls.append(args)
-        if len(calls) == call:
-            raise fault
-        replace(*args)
-
-    monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises((SystemExit, KeyboardInterrupt)):
-        prepare(source, folder)
-    assert {*snapshot(folder)} <= {*before} - {"train.jsonl"}  # and nothing half-written
 
 
 @pytest.mark.parametrize("step", range(9))  # three files to open, to remove, to rename
@@ -682,19 +595,12 @@ MISTAKES = {
     "no such file": (None, [], "no such file"),
     "a folder": ("folder", [], "no such file"),
     "an empty file": ("", [], "no rows"),
-    "blank lines": ("\n \n", [], "no rows"),
-    "an empty gzip": (gzip.compress(b""), [], "no rows"),
     "a header alone": ("question,answer\n", [], "no rows"),
-    "an empty list": ("[]", [], "no rows"),
     "an empty parquet": (parquet(question=[], answer=[]), [], "no rows"),
     "Excel": (zipped("[Content_Types].xml", "xl/workbook.xml"), [], "Excel.*CSV"),
-    "Excel of old": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(500), [], "Excel.*CSV"),
     "Word": (zipped("[Content_Types].xml", "word/document.xml"), [], "Word.*CSV"),
-    "a zip": (zipped("rows.csv"), [], "zip.*unpack"),
-    "xz": (lzma.compress(GOOD.encode()), [], "zip or the like.*unpack"),
     "a PDF": ("%PDF-1.7\n", [], "PDF.*CSV"),
     "a pickle": (pickle.dumps(GOOD), [], "pickle.*to_csv"),
-    "a gzipped pickle": (gzip.compress(pickle.dumps(GOOD)), [], "pickle.*to_csv"),
     "binary": (bytes(range(1, 256)) * 9, [], "--encoding"),
     "other columns": ("id,text\n1,x\n", [], "'id', 'text'.*--columns instruction="),
     "other keys": ([{"q": "a", "a": "x"}], [], "'q', 'a'.*--columns instruction="),
@@ -708,33 +614,23 @@ MISTAKES = {
     "an inner quote in row 2": ('question,answer\n"a "b" c",x\n', [], "row 2.*quote"),
     "a quote with a backslash": (GOOD + 'c,"say \\"hi\\""\n', [], "row 4.*quote"),
     "a quote never closed": (GOOD + 'c,"z\nd,w\n', [], "row 4.*quote"),
-    "a quote in the header": ('"question,answer\na,x\n', [], "row 1.*quote"),
     "latin text": ("question,answer\né,x".encode("latin-1"), [], "--encoding windows-1252"),
-    "latin json": ('[{"question": "é"}]'.encode("latin-1"), [], "--encoding windows-1252"),
     "not utf-16": (GOOD + "z", ["--encoding", "utf-16"], "rows"),
     "a broken list": ('[\n{"question": "a"},\n{"question": "b",}]', [], "line 3: not valid JSON"),
     "a list cut short": (json.dumps(QA)[:-9], [], "line 1: not valid JSON"),
     "lines with commas": (jsonl(QA).replace("}\n", "},\n"), [], "2 of 2.*line 1: not valid JSON"),
     "mostly broken lines": (jsonl(QA[:1]) + "{\n{\n", [], "2 of 3.*line 2: not valid JSON"),
-    "a json number": ("7", [], "no rows.*'7'|'7'.*--columns|no rows"),
-    "a bottomless json": ("[" * 200_000, [], "not valid JSON"),
     "a gzip cut short": (SPOILED[:3000], [], "end-of-stream"),
     "a gzip gone bad": (SPOILED[:5000] + bytes(99) + SPOILED[5099:], [], "rows"),
     "a parquet cut short": (parquet(question=["a"], answer=["x"])[:-9], [], "arquet"),
     "no usable row": ("question,answer\na,\n,x\n", [], "2 of 2.*row/line 2: no output"),
     "strict and a bad row": (GOOD + "c,\n", ["--strict"], "row/line 4: no output"),
     "split of one": (GOOD, ["--val-split", "1"], "--val-split 1"),
-    "split below nought": (GOOD, ["--val-split", "-0.1"], "--val-split -0.1"),
     "split of nan": (GOOD, ["--val-split", "nan"], "--val-split nan"),
-    "a broken seed": (GOOD, ["--seed", "1.5"], "--seed.*1.5"),
     "a strange delimiter": (GOOD, ["--delimiter", "x"], "--delimiter.*x"),
-    "unknown encoding": (GOOD, ["--encoding", "klingon"], "klingon"),
-    "no text encoding": (GOOD, ["--encoding", "hex"], "hex"),
-    "a column without field": (GOOD, ["--columns", "q=a"], "--columns q=a"),
     "a field without column": (GOOD, ["--columns", "output= "], "--columns output="),
     "columns without =": (GOOD, ["--columns", "question"], "--columns question"),
     "an unknown option": (GOOD, ["--colums", "output=x"], "--colums"),
-    "a stray word": (GOOD, ["more.csv"], "more.csv"),
 }
 
 
@@ -787,22 +683,11 @@ def test_an_input_that_would_be_overwritten_is_refused(tmp_path, capsys, name, w
     assert snapshot(tmp_path) == before
 
 
-def test_a_mistake_at_the_shell_shows_no_traceback(tmp_path):
-    ended = subprocess.run(
-        [sys.executable, ROOT / "prepare_dataset.py", "--input", "none.csv"],
-        check=False,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 1
-    assert ended.stderr.startswith("error: none.csv") and ended.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_help_answers_without_loading_pandas_or_torch():
-    code = "import sys, prepare_dataset\ntry: prepare_dataset.main(['--help'])\nexcept SystemExit:"
-    code += "\n    print({'pandas', 'pyarrow', 'torch', 'transformers'} & {*sys.modules})"
-    command = [sys.executable, "-c", code]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ended.stdout.splitlines()[-1] == "set()"
+def test_a_mistake_at_the_shell_shows_no_traceback_and_help_loads_no_pandas(tmp_path):
+    script = [sys.executable, "-X", "importtime", ROOT / "prepare_dataset.py"]
+    look = {"capture_output": True, "text": True, "check": False, "cwd": tmp_path}
+    ended = subprocess.run([*script, "--input", "none.csv"], **look)
+    said = [line for line in ended.stderr.splitlines() if not line.startswith("import time:")]
+    assert ended.returncode == 1 and len(said) == 1 and said[0].startswith("error: none.csv")
+    loaded = subprocess.run([*script, "--help"], **look).stderr
+    assert not re.search(r"\b(pandas|pyarrow|torch|transformers)\b", loaded)
