@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))  # first, else Hugging Face's own `evaluate` packa
 sys.path.insert(1, str(ROOT / "tests"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small matrices gain nothing from more threads
 
 import offline_model  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402

@@ -1,7 +1,9 @@
 """What evaluate.py says of a base model and its adapter is true, fits the screen and is safe to open."""
 
-import functools
+import collections
+import contextlib
 import html.parser
+import io
 import json
 import logging
 import math
@@ -11,35 +13,32 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import offline_model
 import peft
 import pytest
+import scipy.stats
 import torch
 from conftest import largest_file, without_privileges
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import evaluate
 import lora_finetune
 
+ROOT = Path(evaluate.__file__).parent
 ASKED = ["What is a Pod?", "Name a Service, please.", "Why?"]
-THINGS = [
-    "Pod",
-    "Service",
-    "Node",
-    "Ingress",
-    "Secret",
-    "Volume",
-    "Job",
-    "Probe",
-    "Label",
-    "Taint",
-    "Quota",
-    "Helm",
-]
+THINGS = "Pod Service Node Ingress Secret Volume Job Probe Label Taint Quota Helm".split()
 RECORDS = [
     {
         "instruction": f"What is a {thing}?",
@@ -48,18 +47,27 @@ RECORDS = [
     }
     for n, thing in enumerate(THINGS)
 ]
-HOSTILE = [
-    "<script>window.pwned = 1</script>",
-    "<img src=http://evil.example/x.png onerror=window.pwned=2>",
-    "</pre></div><svg onload=window.pwned=3>",
-    "<iframe src=https://evil.example/></iframe>",
-    '"><b onmouseover="window.pwned=4">&lt;&amp;',
-]
+HELD_OUT = RECORDS[:8]
+PAIRS = [line.split(" | ") for line in evaluate.EVERYDAY.splitlines()]
+EVERYDAY = [{"instruction": question, "input": "", "output": answer} for question, answer in PAIRS]
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+HOSTILE = (
+    "<script>window.pwned = 1</script><img src=http://evil.example/x.png onerror=window.pwned=2>"
+    "</pre></div></details><svg onload=window.pwned=3><iframe src=https://evil.example/></iframe>"
+    '"><b onmouseover="window.pwned=4">&lt;&amp;{{ 7 * 7 }}'
+)
+STEERING = "\x1b[2Ja\x1b]0;title\x07b\x9b1mc\rd\x08e\u202ef\u200bg\x00h\ti\x7f"
+CODE = "Write\n```yaml\nkind: Pod\nspec:\n    - name: a\n\n      port: 80\n```\nand apply it."
 
 
 def write_jsonl(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return str(path)
+    return path
+
+
+def write_prompts(path, prompts):
+    path.write_text(json.dumps(prompts))
+    return path
 
 
 def strict(path):
@@ -71,28 +79,33 @@ def strict(path):
     return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
 
 
-def run(tmp_path, *flags, output="out/results.json"):
-    """evaluate.main on a folder of its own: (the JSON, the page's path)."""
-    output = tmp_path / output
-    evaluate.main([*map(str, flags), "--output", str(output)])
-    return strict(output), output.with_suffix(".html")
+def run(folder, *flags):
+    """What evaluate.main writes and prints: data of the JSON, path of the page, text of the terminal."""
+    output, printed = folder / "out/results.json", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        returned = evaluate.main([*map(str, flags), "--output", str(output)])
+    page = output.with_suffix(".html")
+    return SimpleNamespace(
+        data=strict(output), page=page, out=printed.getvalue(), returned=returned
+    )
 
 
-def plain_nf4(folder):
-    """A 4-bit base model as plain transformers loads it."""
+def plain_model(base, adapter=None, in_4bit=True):
+    """A base model, and an adapter on it, as plain transformers and peft load them."""
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
+    quantised = {"quantization_config": nf4} if in_4bit else {}
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=nf4, device_map={"": "cpu"}
+        base, dtype=torch.float32, device_map={"": "cpu"}, **quantised
     )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # a kernel that rounds to bfloat16
-    return model.eval()
+    return (peft.PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
 
 
 def plain_perplexity(model, tokenizer, records):
@@ -112,47 +125,85 @@ def plain_perplexity(model, tokenizer, records):
     return math.exp(total / count), count
 
 
-def write_chain(folder, template, answer):
-    """Write a model that answers everything with the tokens of `answer`, end of turn, then z for ever.
-
-    Embeddings are unit vectors, layers add nothing, and the head maps each token to the next of the chain.
-    """
-    offline_model.write_tiny(folder, template=template)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([token for token in answer if token not in tokenizer.get_vocab()])
-    tokenizer.save_pretrained(folder)
-    end = {"zephyr": "</s>", "chatml": "<|im_end|>", "llama3": "<|eot_id|>"}[template]
-    chain = ["Ċ", *answer, end, "z"]  # Ċ is the line end, last in all the prompts
-    ids = tokenizer.convert_tokens_to_ids(chain)
-    assert len(set(ids)) == len(ids) and tokenizer.unk_token_id not in ids
-    config = AutoModelForCausalLM.from_pretrained(folder).config
-    config.vocab_size, config.max_position_embeddings = len(tokenizer), 4096
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
-            weight.zero_()
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        for n, (id, following) in enumerate(zip(ids, [*ids[1:], ids[-1]])):
-            model.get_input_embeddings().weight[id, n] = 1
-            model.lm_head.weight[following, n] = 1
-    model.save_pretrained(folder)
-    return str(folder)
+def plain_answer(model, tokenizer, question):
+    chat = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    ids = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0]
+    return tokenizer.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def write_adapter(base, folder, **changes):
-    """A LoRA folder by peft alone: no training_config.json, no tokenizer, no log, lora_B zero."""
+def write_adapter(base, folder, strength=0.0, **changes):
+    """A LoRA folder by peft alone: no training_config.json, no tokenizer, no log; without strength no effect."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(base)
     config = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | changes
-    peft.get_peft_model(model, peft.LoraConfig(**config)).save_pretrained(folder)
-    return Path(folder)
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(**config)
+    )
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and "lora_A" not in name:
+            weight.data += strength * torch.randn_like(weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_parrot(folder, answers, after=(), template="zephyr"):
+    """Write a model that says what is wanted, and an adapter that makes it say something else.
+
+    {token at the end of a prompt: tokens of the answer}; a token stated twice is said for ever.
+    Embeddings are unit vectors, layers add nothing, and the head maps each token to its follower.
+    """
+    offline_model.write_tiny(folder / "base", template=template or "zephyr")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    if not template:  # the prompt is the question and no more
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] != 'user' %}{{ eos_token }}{% endif %}{% endfor %}"
+    end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}.get(template, "</s>")
+    follower = {}
+    for question, answer in answers.items():
+        chain = [question, *answer, end]
+        follower |= dict(list(zip(chain, chain[1:]))[::-1])
+    changed = {question: answer[0] for question, answer in dict(after).items()}
+    follower |= {token: end for token in changed.values()}
+    new = [token for token in [*follower, "z"] if token not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(new)
+    tokenizer.save_pretrained(folder / "base")
+    id_of = tokenizer.convert_tokens_to_ids
+    config = AutoModelForCausalLM.from_pretrained(folder / "base").config
+    config.vocab_size, config.max_position_embeddings = len(tokenizer), 8192
+    model = LlamaForCausalLM(config)
+    embedding, head = model.get_input_embeddings().weight.data, model.lm_head.weight.data
+    for weight in (embedding, head):
+        weight.zero_()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    number = {token: n for n, token in enumerate(follower)}
+    for token, n in number.items():
+        embedding[id_of(token), n] = 1
+        head[id_of(follower[token]), n] = 1
+    model.save_pretrained(folder / "base")
+    write_adapter(folder / "base", folder / "adapter", r=1, target_modules=["lm_head"])
+    weights = load_file(folder / "adapter" / WEIGHTS)
+    for name, weight in weights.items():
+        weight *= "lora_" not in name  # peft saves the head too
+        for question, token in changed.items():
+            if "lora_A" in name:
+                weight[0, number[question]] = 1
+            if "lora_B" in name:
+                weight[id_of(token), 0] = 10
+    save_file(weights, folder / "adapter" / WEIGHTS, {"format": "pt"})
+    return folder / "adapter"
 
 
 @pytest.fixture(scope="module")
 def val(tmp_path_factory):
-    return write_jsonl(tmp_path_factory.mktemp("val") / "val.jsonl", RECORDS[:8])
+    return write_jsonl(tmp_path_factory.mktemp("val") / "val.jsonl", HELD_OUT)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    return write_prompts(tmp_path_factory.mktemp("asked") / "prompts.json", ASKED)
 
 
 @pytest.fixture(scope="module")
@@ -160,101 +211,164 @@ def adapter(tiny, val, tmp_path_factory):
     """An adapter that lora_finetune.py trained on the tiny model, hard enough to change answers."""
     folder = tmp_path_factory.mktemp("trained")
     flags = "--max-steps 8 --learning-rate 0.02 --batch-size 6 --gradient-accumulation-steps 1"
-    data = write_jsonl(folder / "data.jsonl", RECORDS)
-    paths = ["--model", tiny, "--dataset", data, "--val-data", val, "--output", str(folder / "a")]
-    lora_finetune.main([*flags.split(), *paths])
+    paths = ["--model", tiny, "--dataset", write_jsonl(folder / "data.jsonl", RECORDS)]
+    paths += ["--val-data", val, "--output", folder / "a"]
+    lora_finetune.main([*flags.split(), *map(str, paths)])
     return folder / "a"
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory):
-    path = tmp_path_factory.mktemp("asked") / "prompts.json"
-    path.write_text(json.dumps(ASKED))
-    return path
+def flags(adapter, val, asked):
+    """A whole evaluation: three questions and, before them, two that were held out."""
+    paths = ["--adapter", adapter, "--val-data", val, "--prompts", asked]
+    return [*paths, "--val-prompts", 2, "--max-new-tokens", 24]
 
 
 @pytest.fixture(scope="module")
-def results(adapter, val, asked, tmp_path_factory):
-    """One whole evaluation: (the JSON, the page)."""
-    flags = ["--adapter", adapter, "--val-data", val, "--prompts", asked, "--max-new-tokens", 24]
+def results(flags, tmp_path_factory):
     return run(tmp_path_factory.mktemp("results"), *flags)
 
 
+ANSWERS = {
+    "[code]": [CODE],
+    "[long]": ["x" * 300],
+    "[wide]": ["部署🚀" * 30],
+    "[marks]": ["e\u0301" * 100],
+    "[vowels]": ["के" * 100],
+    "[steering]": [STEERING],
+    "[hostile]": [HOSTILE],
+    "[endless]": ["and", "z", "z"],
+    "[two]": ["the first answer"],
+}
+REFERENCES = {
+    "[code]": CODE,
+    "[hostile]": HOSTILE,
+    "[steering]": STEERING,
+    "[long]": "Begin, " + "and so on, " * 200 + "and end.",
+    "[wide]": "始" + "部署" * 400 + "終",
+}
+
+
 @pytest.fixture(scope="module")
-def hostile(tmp_path_factory):
-    """A page whose prompts, answers and settings are all hostile."""
-    folder = tmp_path_factory.mktemp("hostile")
-    base = write_chain(folder / "base", "zephyr", HOSTILE)
-    write_adapter(base, folder / "adapter")
-    prompts = folder / '"><script>window.pwned = 5<!--.json'
-    prompts.write_text(json.dumps([*HOSTILE, "x" * 3000, "How?"]))
-    return run(folder, "--adapter", folder / "adapter", "--prompts", prompts)
+def parrot(tmp_path_factory):
+    """Flags of an evaluation of which each answer is known, with hostile text wherever text can be."""
+    folder = tmp_path_factory.mktemp("parrot")
+    adapter = write_parrot(folder, ANSWERS, {"[two]": ["the second answer"]}, template=None)
+    prompts = [f"{HOSTILE} {STEERING} say {question}" for question in ANSWERS]
+    prompts = write_prompts(folder / '"><script>window.pwned = 5<!--.json', prompts)
+    rows = [
+        {"instruction": f"{HOSTILE} {STEERING}", "input": question, "output": reference}
+        for question, reference in REFERENCES.items()
+    ]
+    paths = ["--adapter", adapter, "--val-data", write_jsonl(folder / "val.jsonl", rows)]
+    return [*paths, "--prompts", prompts, "--no-load-in-4bit", "--max-new-tokens", 50]
 
 
-class Elements(html.parser.HTMLParser):
-    """What a browser would build: tags, attributes, text, styles."""
+@pytest.fixture(scope="module")
+def said(parrot, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("said"), *parrot)
 
-    def __init__(self, page):
+
+class Page(html.parser.HTMLParser):
+    """What a browser would build: tags with their attributes, the text, and the text inside of a tag."""
+
+    def __init__(self, path):
         super().__init__()
-        self.tags, self.attributes, self.text = [], [], ""
-        self.feed(Path(page).read_text(encoding="utf-8"))
+        self.tags, self.text, self.inside = [], "", collections.defaultdict(str)
+        self.open = collections.Counter()
+        self.source = Path(path).read_text(encoding="utf-8")
+        self.feed(self.source)
 
     def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
+        self.tags.append((tag, dict(attrs)))
+        self.open[tag] += 1
+
+    def handle_endtag(self, tag):
+        self.open[tag] -= 1
 
     def handle_data(self, data):
-        self.text += data
+        self.text += data if not self.open["style"] else ""
+        for tag in +self.open:
+            self.inside[tag] += data
+
+    def curve(self):
+        """What the loss curve is called, if there is one."""
+        labels = (attributes.get("aria-label", "") for _, attributes in self.tags)
+        return " ".join(label for label in labels if "loss" in label)
+
+    def names(self):
+        return {tag for tag, _ in self.tags}
+
+
+def tells(text, *values):
+    """Whether each of the values stands in the text, rounded to two places or more."""
+    told = [float(figure) for figure in re.findall(r"\d+\.\d\d+", text)]
+    return all(any(abs(figure - value) < 0.006 for figure in told) for value in values)
+
+
+def squeezed(text):
+    return re.sub(r"\s", "", text)
 
 
 # ------------------------------------------------------------------------------- figures
 
 
-def test_base_answers_are_those_of_the_base_model_without_peft(results, tiny):
-    model, tokenizer = plain_nf4(tiny), AutoTokenizer.from_pretrained(tiny)
-    for question, result in zip(ASKED, results[0]["prompts"], strict=True):
-        chat = [{"role": "user", "content": question}]
-        prompt = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        ids = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0]
-        answer = tokenizer.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert result["base"] == answer.strip()
-        assert result["prompt"] == question
+@pytest.mark.parametrize("side", ["base", "finetuned"])
+def test_answers_and_perplexities_are_those_of_plain_transformers_and_peft(
+    side, results, tiny, adapter
+):
+    model = plain_model(tiny, adapter if side == "finetuned" else None)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    for group, records in ("perplexity", HELD_OUT), ("general", EVERYDAY):
+        figure, tokens = plain_perplexity(model, tokenizer, records)
+        assert results.data[group][side] == pytest.approx(figure, rel=1e-5)
+        assert results.data[group]["tokens"] == tokens
+        assert results.data[group]["rows"] == len(records)
+    for result in results.data["prompts"]:
+        assert result[side] == plain_answer(model, tokenizer, result["prompt"])
+    assert results.data["summary"]["answers_changed"] == 5
 
 
-def test_base_perplexity_is_that_of_the_base_model_without_peft(results, tiny):
-    figure, tokens = plain_perplexity(
-        plain_nf4(tiny), AutoTokenizer.from_pretrained(tiny), RECORDS[:8]
-    )
-    assert results[0]["perplexity"]["base"] == pytest.approx(figure, rel=1e-5)
-    assert results[0]["perplexity"]["tokens"] == tokens
-    assert results[0]["perplexity"]["rows"] == 8
+FOREIGN = {
+    "other layers": {"target_modules": ["q_proj", "down_proj"]},
+    "all layers, other scale": {"target_modules": "all-linear", "use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "head": {"target_modules": ["v_proj", "lm_head"]},
+    "a layer trained whole": {"modules_to_save": ["lm_head"]},
+}
 
 
-def test_finetuned_perplexity_is_that_of_the_adapter_put_on_by_plain_peft(results, tiny, adapter):
-    model = peft.PeftModel.from_pretrained(plain_nf4(tiny), adapter).eval()
-    figure, _ = plain_perplexity(model, AutoTokenizer.from_pretrained(tiny), RECORDS[:8])
-    assert results[0]["perplexity"]["finetuned"] == pytest.approx(figure, rel=1e-5)
-    assert results[0]["perplexity"]["finetuned"] < 0.9 * results[0]["perplexity"]["base"]
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_lora_folder_of_another_tool_has_the_figures_of_plain_peft(kind, tiny, tmp_path, val):
+    folder = write_adapter(tiny, tmp_path / "adapter", 0.2, **FOREIGN[kind])
+    assert {path.name for path in folder.iterdir()} <= {"README.md", CONFIG, WEIGHTS}
+    prompts = write_prompts(tmp_path / "p.json", ["Why?"])
+    flags = ["--adapter", folder, "--val-data", val, "--prompts", prompts, "--val-prompts", 0]
+    got = run(tmp_path, *flags, "--max-new-tokens", 1)
+    tokenizer, figures = AutoTokenizer.from_pretrained(tiny), got.data["perplexity"]
+    base, _ = plain_perplexity(plain_model(tiny), tokenizer, HELD_OUT)
+    finetuned, _ = plain_perplexity(plain_model(tiny, folder), tokenizer, HELD_OUT)
+    assert figures["base"] == pytest.approx(base, rel=1e-5)
+    assert figures["finetuned"] == pytest.approx(finetuned, rel=1e-5)
+    assert abs(figures["ratio"] - 1) > 1e-3
+    assert not Page(got.page).curve()  # no log
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_neither_perplexity_nor_answers_move_with_batch_size(
-    results, adapter, val, asked, tmp_path, size
-):
-    flags = ["--adapter", adapter, "--val-data", val, "--prompts", asked, "--max-new-tokens", 24]
-    other, _ = run(tmp_path, *flags, "--batch-size", size)
-    for key in ("base", "finetuned", "ratio"):
-        assert other["perplexity"][key] == pytest.approx(results[0]["perplexity"][key], rel=1e-6)
-    assert other["prompts"] == results[0]["prompts"]
+def test_neither_figures_nor_answers_move_with_batch_size(size, results, flags, tmp_path):
+    other = run(tmp_path, *flags, "--batch-size", size).data
+    for group in "perplexity", "general":
+        for key in "base", "finetuned", "ratio":
+            assert other[group][key] == pytest.approx(results.data[group][key], rel=1e-6)
+    assert other["prompts"] == results.data["prompts"]
 
 
-def test_an_unquantised_base_has_other_figures_and_says_so(results, adapter, val, asked, tmp_path):
-    flags = ["--adapter", adapter, "--val-data", val, "--prompts", asked, "--max-new-tokens", 1]
-    other, _ = run(tmp_path, *flags, "--no-load-in-4bit")
-    assert other["settings"]["load_in_4bit"] is False
-    assert other["perplexity"]["base"] != results[0]["perplexity"]["base"]
+def test_without_4_bits_the_figures_are_those_of_the_plain_weights(flags, tiny, tmp_path):
+    got = run(tmp_path, *flags, "--no-load-in-4bit", "--max-new-tokens", 1).data
+    plain = plain_model(tiny, in_4bit=False)
+    figure, _ = plain_perplexity(plain, AutoTokenizer.from_pretrained(tiny), HELD_OUT)
+    assert got["perplexity"]["base"] == pytest.approx(figure, rel=1e-5)
+    assert got["settings"]["load_in_4bit"] is False
 
 
 def test_compare_equals_figures_worked_out_by_hand():
@@ -268,17 +382,17 @@ def test_compare_equals_figures_worked_out_by_hand():
     assert low <= figures["ratio"] <= high
 
 
-def test_one_row_or_rows_that_changed_alike_get_no_invented_interval():
-    one = evaluate.compare(np.array([4.0]), np.array([2.0]), np.array([2]))
-    assert one["ratio"] == pytest.approx(math.exp(-1)) and one["ratio_ci95"] is None
-    same = evaluate.compare(np.array([4.0] * 5), np.array([2.0] * 5), np.array([2] * 5))
-    assert same["ratio"] == pytest.approx(math.exp(-1))
-    assert same["ratio_ci95"] is None or np.allclose(same["ratio_ci95"], math.exp(-1))
+@pytest.mark.parametrize("rows", [1, 5])
+def test_one_row_or_rows_that_changed_alike_get_no_invented_interval(rows):
+    figures = evaluate.compare(np.full(rows, 4.0), np.full(rows, 2.0), np.full(rows, 2))
+    assert figures["ratio"] == pytest.approx(math.exp(-1))
+    assert figures["ratio_ci95"] is None or np.allclose(figures["ratio_ci95"], math.exp(-1))
 
 
 def test_interval_covers_the_truth_near_its_nominal_rate(monkeypatch):
-    fast = functools.partial(evaluate.scipy.stats.bootstrap, n_resamples=800)
-    monkeypatch.setattr(evaluate.scipy.stats, "bootstrap", fast)
+    bootstrap = scipy.stats.bootstrap
+    fast = {"n_resamples": 800}
+    monkeypatch.setattr(scipy.stats, "bootstrap", lambda *a, **k: bootstrap(*a, **k | fast))
     random = np.random.default_rng(7)
     # rows of 5 to 79 tokens (mean 42) change by -0.1 nats a token on the whole, rows differ
     truth, covered = math.exp(-0.1), 0
@@ -292,771 +406,547 @@ def test_interval_covers_the_truth_near_its_nominal_rate(monkeypatch):
     assert 0.88 <= covered / 200 <= 0.99
 
 
-def test_verdict_says_better_only_where_the_whole_interval_is_below_one():
-    figures = evaluate.compare(np.array([4.0, 6.0]), np.array([2.0, 3.0]), np.array([2, 5]))
-    for interval, word in [([0.5, 0.9], "better"), ([1.1, 1.3], "worse")]:
-        assert word in evaluate.verdict(figures | {"ratio_ci95": interval}).lower()
-    for interval in [0.9, 1.1], None:  # none: a single row, or rows that changed alike
-        unclear = evaluate.verdict(figures | {"ratio_ci95": interval}).lower()
-        assert "better" not in unclear and "worse" not in unclear
-    assert "no interval" in unclear and "inf" not in unclear
+def noise(folder):
+    base = json.loads((folder / CONFIG).read_text())["base_model_name_or_path"]
+    write_adapter(base, folder, 2.0, target_modules=["lm_head"])
 
 
-# ------------------------------------------------------------------------------- answers
+def without_effect(folder):
+    weights = load_file(folder / WEIGHTS)
+    zeros = {name: w * ("lora_A" in name) for name, w in weights.items()}
+    save_file(zeros, folder / WEIGHTS, {"format": "pt"})
 
 
-@pytest.mark.parametrize("template", ["zephyr", "chatml", "llama3"])
-def test_an_answer_ends_at_the_end_of_turn_token(tmp_path, asked, template):
-    base = write_chain(tmp_path / "base", template, list("Pod"))
-    write_adapter(base, tmp_path / "adapter")
-    results, _ = run(tmp_path, "--adapter", tmp_path / "adapter", "--prompts", asked)
-    for result in results["prompts"]:
-        assert (result["base"], result["finetuned"]) == ("Pod", "Pod")
-        assert (result["base_stopped"], result["finetuned_stopped"]) == (True, True)
-        assert (result["base_tokens"], result["finetuned_tokens"]) == (4, 4)
-    assert results["summary"]["base_stopped"] == results["summary"]["finetuned_stopped"] == 3
-    assert results["summary"]["base_mean_tokens"] == 4
+@pytest.mark.parametrize(
+    "change, rows, word",
+    [
+        (lambda folder: None, 8, "better"),
+        (noise, 8, "worse"),
+        (without_effect, 8, "no clear difference"),
+        (lambda folder: None, 1, "no clear difference"),
+    ],
+    ids=["as trained", "noise", "without effect", "one row"],
+)
+def test_verdicts_claim_no_more_than_the_intervals_show(
+    change, rows, word, adapter, asked, tmp_path
+):
+    moved = Path(shutil.copytree(adapter, tmp_path / "moved"))
+    change(moved)
+    val = write_jsonl(tmp_path / "val.jsonl", HELD_OUT[:rows])
+    flags = ["--adapter", moved, "--prompts", asked, "--val-prompts", 0, "--max-new-tokens", 8]
+    got = run(tmp_path, *flags, "--val-data", val)
+    verdict, text = got.data["summary"]["verdict"], Page(got.page).text
+    words = [each for each in ("better", "worse", "no clear difference") if each in verdict.lower()]
+    assert words == [word]
+    assert verdict in text and squeezed(verdict) in squeezed(got.out)
+    (line,) = re.findall(r"^elsewhere .*(?:\n {12}.*)*", got.out, re.MULTILINE)
+    general = got.data["general"]
+    hurt = bool(general["ratio_ci95"]) and general["ratio_ci95"][0] > 1
+    assert ("worse" in squeezed(line), "nodamage" in squeezed(line)) == (hurt, not hurt)
+    assert tells(line, general["base"], general["finetuned"], general["ratio"])
+    assert tells(text, general["base"], general["finetuned"], got.data["perplexity"]["base"])
+    assert ("WARNING" in got.out) == (change is without_effect)
+    assert (got.data["summary"]["answers_changed"] == 0) == (change is without_effect)
+    if change is without_effect:
+        assert got.data["perplexity"]["ratio"] == general["ratio"] == 1
+        assert got.data["perplexity"]["rows_improved"] == 0
 
 
-def test_an_answer_that_is_cut_is_said_to_be_cut(tmp_path, asked, capsys):
-    base = write_chain(tmp_path / "base", "zephyr", list("Pod"))
-    write_adapter(base, tmp_path / "adapter")
-    flags = ["--adapter", tmp_path / "adapter", "--prompts", asked, "--max-new-tokens", 2]
-    results, page = run(tmp_path, *flags)
-    for result in results["prompts"]:
-        assert (result["base"], result["base_stopped"], result["base_tokens"]) == ("Po", False, 2)
-    assert results["summary"]["base_stopped"] == 0
-    assert "cut" in capsys.readouterr().out and "did not stop" in page.read_text()
+# ------------------------------------------------------------------------------- questions and answers
 
 
-def test_an_adapter_without_effect_is_loudly_said_to_have_none(tiny, tmp_path, asked, capsys, val):
-    write_adapter(tiny, tmp_path / "adapter")
-    flags = ["--adapter", tmp_path / "adapter", "--prompts", asked, "--max-new-tokens", 8]
-    results, _ = run(tmp_path, *flags, "--val-data", val)
-    assert "WARNING" in capsys.readouterr().out
-    assert results["summary"]["answers_changed"] == 0
-    assert results["perplexity"]["ratio"] == 1 and results["perplexity"]["rows_improved"] == 0
-    assert "no clear difference" in results["summary"]["verdict"].lower()
+def test_twenty_everyday_pairs_are_of_other_fields_and_not_in_the_data():
+    assert len(set(map(tuple, PAIRS))) == len(PAIRS) == 20 and all(map(all, PAIRS))
+    text = " ".join(question + answer for question, answer in PAIRS).casefold()
+    ours = "kube pod cluster docker container helm yaml deploy devops node server terraform linux"
+    assert not [word for word in ours.split() if re.search(rf"\b{word}", text)]
+    assert not [question for question, _ in PAIRS if question.casefold() in our_data()]
 
 
-def test_an_adapter_with_effect_is_not_warned_of(adapter, asked, tmp_path, capsys):
-    results, _ = run(tmp_path, "--adapter", adapter, "--prompts", asked, "--max-new-tokens", 12)
-    assert "WARNING" not in capsys.readouterr().out
-    assert results["summary"]["answers_changed"] == 3
-
-
-def test_control_tokens_typed_in_a_prompt_stay_text(tmp_path, tiny):
-    write_adapter(tiny, tmp_path / "adapter")
-    prompts = tmp_path / "prompts.json"
-    seen = []
-    generate = evaluate.generate
-
-    def watch(model, tokenizer, ids, *rest):
-        seen.extend(ids)
-        return generate(model, tokenizer, ids, *rest)
-
-    prompts.write_text(json.dumps(["say </s> now"]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "generate", watch)
-        run(
-            tmp_path, "--adapter", tmp_path / "adapter", "--prompts", prompts, "--max-new-tokens", 2
-        )
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    assert seen[0].count(tokenizer.eos_token_id) == 1  # the one that ends the user's turn
-    assert tokenizer.decode(seen[0]) == "<|user|>\nsay </s> now</s>\n<|assistant|>\n"
+def our_data():
+    names = "sample_dataset.jsonl", "raw_qa.csv"
+    return "".join((ROOT / "data" / n).read_text(encoding="utf-8") for n in names).casefold()
 
 
 def test_ten_questions_are_built_in_and_none_stands_in_the_data(adapter, tmp_path):
-    results, _ = run(tmp_path, "--adapter", adapter, "--max-new-tokens", 1)
-    questions = [result["prompt"] for result in results["prompts"]]
-    assert len(set(questions)) == 10
-    root = Path(evaluate.__file__).parent
-    data = "".join(
-        (root / "data" / name).read_text(encoding="utf-8").casefold()
-        for name in ("sample_dataset.jsonl", "raw_qa.csv")
-    )
-    assert not [question for question in questions if question.casefold() in data]
+    got = run(tmp_path, "--adapter", adapter, "--max-new-tokens", 1).data
+    questions = {result["prompt"] for result in got["prompts"]}
+    assert len(questions) == len(got["prompts"]) == 10
+    assert not [question for question in questions if question.casefold() in our_data()]
+    assert {result["reference"] for result in got["prompts"]} == {None}
+    assert got["perplexity"] is None and "--val-data" in got["summary"]["verdict"]
+
+
+def test_held_out_questions_are_asked_first_and_their_references_shown(results):
+    prompts = results.data["prompts"]
+    first = [f"{row['instruction']}\n\n{row['input']}".strip() for row in HELD_OUT[:2]]
+    assert [result["prompt"] for result in prompts] == first + ASKED
+    references = [row["output"] for row in HELD_OUT[:2]]
+    assert [result["reference"] for result in prompts] == references + [None] * 3
+    text = Page(results.page).text
+    for reference in references:  # of which 24 tokens are shown
+        assert reference[:24] in text and squeezed(reference[:24]) in squeezed(results.out)
+
+
+@pytest.mark.parametrize("count, asked_rows", [(0, 0), (None, 5), (100, 8)])
+def test_val_prompts_says_how_many_of_them(count, asked_rows, parrot, asked, val, tmp_path):
+    flags = [*parrot[:2], "--val-data", val, "--prompts", asked, "--max-new-tokens", 1]
+    got = run(tmp_path, *flags, *(["--val-prompts", count] if count is not None else []))
+    assert [result["reference"] is None for result in got.data["prompts"]] == [
+        *[False] * asked_rows,
+        *[True] * 3,
+    ]
+
+
+def test_a_long_reference_is_cut_with_a_mark_and_whole_in_the_json(said):
+    references = [result["reference"] for result in said.data["prompts"]]
+    assert references == [*REFERENCES.values(), *[None] * len(ANSWERS)]
+    text = Page(said.page).text
+    for shown in text, said.out:
+        assert "and so on" in shown and "and end." not in shown
+        assert "始部署部署" in squeezed(shown) and "終" not in shown
+        assert len(re.findall(r"\bcut\b", shown)) == 2 + 2  # two endless answers
+        assert "\n" + CODE + "\n" in shown.replace("</code>", "")
+
+
+@pytest.mark.parametrize("template", ["zephyr", "chatml", "llama3"])
+def test_an_answer_ends_at_the_end_of_turn_token(template, tmp_path, asked):
+    adapter = write_parrot(tmp_path, {"Ċ": list("Pod")}, template=template)  # Ċ: a line end
+    got = run(tmp_path, "--adapter", adapter, "--prompts", asked)
+    for result in got.data["prompts"]:
+        for side in "base", "finetuned":
+            assert (result[side], result[f"{side}_stopped"]) == ("Pod", True)
+            assert result[f"{side}_tokens"] == 4
+    summary = got.data["summary"]
+    assert summary["base_stopped"] == summary["finetuned_stopped"] == 3
+    assert summary["base_mean_tokens"] == 4
+
+
+def test_both_answers_are_shown_and_one_that_is_cut_is_said_to_be_cut(said):
+    answers = {result["prompt"].split()[-1]: result for result in said.data["prompts"][5:]}
+    for question, answer in ANSWERS.items():
+        if question != "[endless]":
+            assert answers[question]["base"] == answer[0].strip()
+            assert (answers[question]["base_stopped"], answers[question]["base_tokens"]) == (1, 2)
+    assert answers["[two]"]["finetuned"] == "the second answer"
+    assert said.data["summary"]["answers_changed"] == 1 and "WARNING" not in said.out
+    assert re.search(r"^the first answer +\| the second answer$", said.out, re.MULTILINE)
+    assert answers["[endless]"]["base_stopped"] is False
+    assert answers["[endless]"]["base_tokens"] == 50
+    assert said.data["summary"]["base_stopped"] == 13
+    page = Page(said.page)
+    assert page.text.index("the first answer") < page.text.index("the second answer")
+    assert page.inside["code"].count(CODE.split("Write\n")[1].split("\nand")[0]) == 5
+
+
+def test_control_tokens_typed_in_a_prompt_stay_text(adapter, tiny, tmp_path, monkeypatch):
+    seen, generate = [], LlamaForCausalLM.generate
+
+    def watch(self, *args, **kwargs):
+        seen.extend(kwargs.get("input_ids", *args[:1]).tolist())
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", watch)
+    prompts = write_prompts(tmp_path / "p.json", ["say </s> now"])
+    run(tmp_path, "--adapter", adapter, "--prompts", prompts, "--max-new-tokens", 2)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    assert len(seen) == 2 and seen[0] == seen[1]
+    assert seen[0].count(tokenizer.eos_token_id) == 1  # the one that ends the user's turn
+    assert tokenizer.decode(seen[0]) == "<|user|>\nsay </s> now</s>\n<|assistant|>\n"
 
 
 # ------------------------------------------------------------------------------- files
 
 
 def test_json_has_exactly_the_promised_keys(results):
-    data, _ = results
-    assert list(data) == ["summary", "prompts", "perplexity", "settings"]
-    keys = "prompt base finetuned base_stopped finetuned_stopped base_tokens finetuned_tokens"
-    assert len(data["prompts"]) == 3
-    assert all(set(result) == set(keys.split()) for result in data["prompts"])
+    data = results.data
+    assert set(data) == {"summary", "prompts", "perplexity", "general", "settings"}
+    keys = "prompt base finetuned reference base_stopped finetuned_stopped base_tokens"
+    keys = {*keys.split(), "finetuned_tokens"}
+    assert all(set(result) == keys for result in data["prompts"])
     keys = "base finetuned ratio ratio_ci95 tokens rows rows_improved"
-    assert set(data["perplexity"]) == set(keys.split())
+    assert set(data["perplexity"]) == set(data["general"]) == set(keys.split())
     low, high = data["perplexity"]["ratio_ci95"]
     assert low <= data["perplexity"]["ratio"] <= high
+    assert data["summary"].items() <= results.returned.items()
+    assert sorted(os.listdir(results.page.parent)) == ["results.html", "results.json"]
 
 
 def test_settings_hold_what_was_resolved_from_the_adapter_folder(results, tiny, adapter):
-    settings = results[0]["settings"]
-    assert settings["model"] == tiny and settings["adapter"] == str(adapter)
-    assert settings["precision"] == "fp32" and settings["load_in_4bit"] is True
-    assert settings["max_new_tokens"] == 24 and settings["device"] == "cpu"
+    settings = results.data["settings"]
+    wanted = {"model": tiny, "adapter": str(adapter), "precision": "fp32", "load_in_4bit": True}
+    assert (wanted | {"max_new_tokens": 24, "device": "cpu"}).items() <= settings.items()
     assert {"torch", "transformers", "peft"} <= set(settings["versions"])
     assert set(vars(evaluate.parse_args([]))) <= set(settings)
 
 
-def test_perplexity_is_null_without_val_data(adapter, asked, tmp_path):
-    data, _ = run(tmp_path, "--adapter", adapter, "--prompts", asked, "--max-new-tokens", 2)
-    assert data["perplexity"] is None
-    assert "--val-data" in data["summary"]["verdict"]
-
-
-def test_json_is_utf8_and_not_escaped(tmp_path, adapter):
-    prompts = tmp_path / "prompts.json"
-    prompts.write_text(json.dumps(["Was heißt „Größe“? 🚀"]))
-    run(tmp_path, "--adapter", adapter, "--prompts", prompts, "--max-new-tokens", 2)
-    assert "Was heißt „Größe“? 🚀".encode() in (tmp_path / "out/results.json").read_bytes()
-
-
-def test_main_returns_the_summary_and_leaves_two_files_only(adapter, asked, tmp_path):
-    flags = ["--adapter", str(adapter), "--prompts", str(asked), "--max-new-tokens", "2"]
-    got = evaluate.main([*flags, "--output", str(tmp_path / "new" / "e.json")])
-    written = strict(tmp_path / "new" / "e.json")
-    assert got["prompts"] == 3
-    assert {key: got[key] for key in written["summary"]} == written["summary"]
-    assert sorted(os.listdir(tmp_path / "new")) == ["e.html", "e.json"]
-
-
-def test_a_lora_folder_of_another_tool_works(tiny, tmp_path, val, asked):
-    folder = write_adapter(tiny, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
-    weights = load_file(folder / "adapter_model.safetensors")
-    save_file(
-        {name: torch.full_like(weight, 0.05) for name, weight in weights.items()},
-        folder / "adapter_model.safetensors",
-        {"format": "pt"},
-    )
-    assert not (folder / "training_config.json").exists()
-    assert not (folder / "tokenizer_config.json").exists()
-    flags = ["--adapter", folder, "--val-data", val, "--prompts", asked, "--max-new-tokens", 8]
-    results, page = run(tmp_path, *flags)
-    assert results["perplexity"]["ratio"] != 1
-    assert "svg" not in Elements(page).tags  # no log, no curve
-
-
-def test_a_folder_moved_away_from_its_base_takes_the_model_option(adapter, tiny, tmp_path, asked):
+def test_what_is_strange_beside_an_adapter_costs_no_result(adapter, tiny, tmp_path):
+    """The base was moved, training_config.json is another tool's, the log is damaged."""
     moved = Path(shutil.copytree(adapter, tmp_path / "moved"))
-    config = json.loads((moved / "adapter_config.json").read_text())
+    config = json.loads((moved / CONFIG).read_text())
     config["base_model_name_or_path"] = str(tmp_path / "gone")
-    (moved / "adapter_config.json").write_text(json.dumps(config))
-    flags = ["--adapter", moved, "--prompts", asked, "--max-new-tokens", 2]
-    results, _ = run(tmp_path, *flags, "--model", tiny)
-    assert results["settings"]["model"] == tiny
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        '{"step": 9, "lo',
-        '{"step": "a", "loss": "x"}',
-        '{"step": 9, "loss": [1]}',
-        '{"step": 9, "loss": NaN}',
-        "[" * 100_000,
-        "[]",
-        "7",
-    ],
-    ids=lambda line: line[:20],
-)
-def test_a_damaged_training_log_costs_no_result(adapter, tmp_path, asked, line):
-    moved = Path(shutil.copytree(adapter, tmp_path / "moved"))
-    with open(moved / "training_log.jsonl", "a") as file:
-        file.write(line)
-    flags = ["--adapter", moved, "--prompts", asked, "--max-new-tokens", 2]
-    results, page = run(tmp_path, *flags)
-    assert len(results["prompts"]) == 3
-    assert "nan" not in page.read_text() and "polyline" in Elements(page).tags
-
-
-def test_a_training_config_of_another_tool_is_left_out(adapter, tmp_path, asked):
-    moved = Path(shutil.copytree(adapter, tmp_path / "moved"))
+    (moved / CONFIG).write_text(json.dumps(config))
     (moved / "training_config.json").write_text('{"arguments": ["--lr", "1"]}')
-    flags = ["--adapter", moved, "--prompts", asked, "--max-new-tokens", 2]
-    results, _ = run(tmp_path, *flags)
-    assert results["settings"]["load_in_4bit"] is True
+    odd = ['{"step": "a", "loss": "x"}', '{"step": 9, "loss": [1]}', '{"step": 9, "loss": NaN}']
+    odd += ["[" * 100_000, "[]", "7", "\x00", '{"step": 9, "lo']
+    with open(moved / "training_log.jsonl", "ab") as file:
+        file.write("\n".join(odd).encode() + b"\xff")
+    prompts = write_prompts(tmp_path / "p.json", ["Was heißt „Größe“? 🚀"])
+    flags = ["--adapter", moved, "--prompts", prompts, "--max-new-tokens", 2, "--model", tiny]
+    got = run(tmp_path, *flags)
+    assert got.data["settings"]["model"] == tiny and got.data["settings"]["load_in_4bit"] is True
+    assert "Was heißt „Größe“? 🚀".encode() in (tmp_path / "out/results.json").read_bytes()
+    assert "nan" not in Page(got.page).source and Page(got.page).curve()
 
 
-def test_an_adapter_that_has_blown_up_gives_strict_json_or_one_line(tiny, tmp_path, asked, val):
-    folder = write_adapter(tiny, tmp_path / "adapter", target_modules=["down_proj", "o_proj"])
-    weights = load_file(folder / "adapter_model.safetensors")
-    for fill in (1e18, math.nan):
-        blown = {name: torch.full_like(weight, fill) for name, weight in weights.items()}
-        save_file(blown, folder / "adapter_model.safetensors", {"format": "pt"})
-        flags = ["--adapter", folder, "--val-data", val, "--prompts", asked, "--max-new-tokens", 2]
-        try:
-            run(tmp_path, *flags)
-        except SystemExit as end:
-            assert str(end.code).startswith("error:")
-
-
-# ------------------------------------------------------------------------------- mistakes
-
-
-def other_shape(tiny, folder):
-    config = LlamaConfig(**AutoModelForCausalLM.from_pretrained(tiny).config.to_dict())
-    config.hidden_size, config.head_dim = 128, 32
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
-    return folder
-
-
-def other_weights(tiny, folder):
-    offline_model.write_tiny(folder, seed=1)
-    return folder
-
-
-@pytest.mark.parametrize("other", [other_shape, other_weights])
-def test_a_base_that_the_adapter_was_not_trained_on_is_refused(
-    other, adapter, tiny, tmp_path, asked
+def test_figures_beyond_all_numbers_give_strict_json_or_one_line_about_the_adapter(
+    tiny, tmp_path, asked, val
 ):
-    model = str(other(tiny, tmp_path / "other"))
-    with pytest.raises(SystemExit) as end:
-        run(tmp_path, "--adapter", adapter, "--prompts", asked, "--model", model)
-    assert end.value.code.startswith("error:") and "fit" in end.value.code
-    assert "--model" in end.value.code and "\n" not in end.value.code
-    assert not (tmp_path / "out").exists()
+    folder = write_adapter(tiny, tmp_path / "adapter", 1e4, target_modules=["lm_head"])
+    flags = ["--adapter", folder, "--val-data", val, "--prompts", asked, "--max-new-tokens", 2]
+    try:
+        run(tmp_path, *flags)
+    except SystemExit as end:
+        assert re.match("error: .*adapter.*; .*$", end.code) and "--output" not in end.code
 
 
-@pytest.mark.parametrize("other", ["shape", "layers", "architecture"])
-def test_a_foreign_adapter_of_another_model_is_refused(
-    other, tiny, tiny_models, tmp_path, asked, capsys
+@pytest.mark.parametrize("fault", ["full disk", "failed move"])
+def test_a_failed_write_leaves_the_old_results_and_nothing_else(
+    fault, parrot, asked, tmp_path, monkeypatch
 ):
-    if other == "shape":
-        base = str(other_shape(tiny, tmp_path / "other"))
-    elif other == "layers":
-        config = AutoModelForCausalLM.from_pretrained(tiny).config
-        config.num_hidden_layers = 3
-        base = str(tmp_path / "other")
-        AutoModelForCausalLM.from_config(config).save_pretrained(base)
-    else:
-        base = tiny_models("phi")
-    modules = ["dense"] if other == "architecture" else ["q_proj"]
-    folder = write_adapter(base, tmp_path / "adapter", target_modules=modules)
-    with pytest.raises(SystemExit) as end:
-        run(tmp_path, "--adapter", folder, "--prompts", asked, "--model", tiny)
-    assert end.value.code.startswith("error:") and "--model" in end.value.code
-    assert "\n" not in end.value.code and not (tmp_path / "out").exists()
-
-
-class Bomb:
-    """Unpickling this makes a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_a_pickled_adapter_is_refused_unopened(adapter, tmp_path, asked):
-    moved = Path(shutil.copytree(adapter, tmp_path / "moved"))
-    (moved / "adapter_model.safetensors").unlink()
-    (moved / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    with pytest.raises(SystemExit) as end:
-        run(tmp_path, "--adapter", moved, "--prompts", asked)
-    assert end.value.code.startswith("error:") and "pickled" in end.value.code
-    assert not (tmp_path / "exploded").exists() and not (tmp_path / "out").exists()
-
-
-def test_a_pickled_base_is_refused_unopened(adapter, tiny, tmp_path, asked):
-    base = Path(shutil.copytree(tiny, tmp_path / "base"))
-    (base / "model.safetensors").unlink()
-    (base / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    with pytest.raises(SystemExit) as end:
-        run(tmp_path, "--adapter", adapter, "--prompts", asked, "--model", base)
-    assert end.value.code.startswith("error:") and str(base) in end.value.code
-    assert not (tmp_path / "exploded").exists() and not (tmp_path / "out").exists()
-
-
-PROMPTS = [
-    "{}",
-    '"What is a Pod?"',
-    "[]",
-    "[1]",
-    '["a", null]',
-    '[""]',
-    '["a", "  "]',
-    '[["a"]]',
-    '[{"prompt": "a"}]',
-    "['a']",
-    "",
-    "null",
-    "[" * 100_000,
-]
-
-
-@pytest.mark.parametrize("text", PROMPTS, ids=lambda text: text[:20])
-def test_prompts_of_a_wrong_shape_are_refused(text, adapter, tmp_path):
-    prompts = tmp_path / "prompts.json"
-    prompts.write_text(text)
-    with pytest.raises(SystemExit) as end:
-        run(tmp_path, "--adapter", adapter, "--prompts", prompts)
-    assert end.value.code.startswith(f"error: {prompts}") and "\n" not in end.value.code
-    assert not (tmp_path / "out").exists()
-
-
-def edited(name, change):
-    """A mistake that copies the adapter folder and changes one of its files."""
-
-    def make(folder, adapter):
-        moved = Path(shutil.copytree(adapter, folder / "moved"))
-        change(moved / name)
-        return ["--adapter", moved]
-
-    return make
-
-
-def written(flag, name, content):
-    """A mistake that stands in a file which a flag names."""
-
-    def make(folder, adapter):
-        path = folder / name
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return [flag, path]
-
-    return make
-
-
-def flags(*texts):
-    return lambda folder, adapter: texts
-
-
-def overwriting(flag, name, content):
-    """A mistake that names one file as what is read and as --output."""
-
-    def make(folder, adapter):
-        return [*written(flag, name, content)(folder, adapter), "--output", name]
-
-    return make
-
-
-def page_is_a_folder(folder, adapter):
-    (folder / "r.html").mkdir()
-    return ["--output", "r.json"]
-
-
-def more_tokens(folder, adapter):
-    """The tokenizer got a padding token, the model did not."""
-    moved = Path(shutil.copytree(adapter, folder / "moved"))
-    tokenizer = AutoTokenizer.from_pretrained(moved)
-    tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    tokenizer.save_pretrained(moved)
-    return ["--adapter", moved]
-
-
-def code_in_the_base(folder, adapter):
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    base = Path(shutil.copytree(base, folder / "base"))
-    changes = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
-    path = base / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    (base / "code.py").write_text("open('exploded', 'w')")
-    return ["--model", base]
-
-
-def config(**changes):
-    def change(path):
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return edited("adapter_config.json", change)
-
-
-def text(content):
-    return lambda path: path.write_text(content)
-
-
-def not_finite(path):
-    weights = load_file(path)
-    weights = {name: torch.full_like(weight, math.nan) for name, weight in weights.items()}
-    save_file(weights, path, {"format": "pt"})
-
-
-def code_in_the_tokenizer(path):
-    changes = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.T", None]}}
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    (path.parent / "code.py").write_text("open('exploded', 'w')")
-
-
-def template(words):
-    return edited("chat_template.jinja", lambda p: p.write_text(words + p.read_text()))
-
-
-GOOD = '{"instruction": "a", "output": "b"}\n'
-LONG = json.dumps({"instruction": "why " * 2000, "output": "b"})
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-MISTAKES = {  # what was done wrong, what the error must name
-    "batch size 0": (flags("--batch-size", "0"), "--batch-size"),
-    "batch size -1": (flags("--batch-size", "-1"), "--batch-size"),
-    "batch size 1.5": (flags("--batch-size", "1.5"), "--batch-size"),
-    "batch size huge": (flags("--batch-size", "9" * 20), "--batch-size"),
-    "no new tokens": (flags("--max-new-tokens", "0"), "--max-new-tokens"),
-    "new tokens nan": (flags("--max-new-tokens", "nan"), "--max-new-tokens"),
-    "precision fp8": (flags("--precision", "fp8"), "--precision"),
-    "unknown flag": (flags("--temperature", "1"), "--temperature"),
-    "flag without value": (flags("--adapter"), "--adapter"),
-    "stray word": (flags("results"), "results"),
-    "no adapter": (flags("--adapter", "nowhere"), "nowhere"),
-    "adapter is a file": (written("--adapter", "a.json", "{}"), "a.json"),
-    "config not JSON": (edited(CONFIG, text("{")), CONFIG),
-    "config a list": (edited(CONFIG, text("[]")), CONFIG),
-    "config not text": (edited(CONFIG, lambda p: p.write_bytes(b"\xff\xfe\x00")), CONFIG),
-    "no config": (edited(CONFIG, Path.unlink), CONFIG),
-    "no weights": (edited(WEIGHTS, Path.unlink), "no adapter"),
-    "weights cut": (edited(WEIGHTS, lambda p: os.truncate(p, 1000)), "moved"),
-    "weights not safetensors": (edited(WEIGHTS, text("hello")), "moved"),
-    "peft type": (config(peft_type="IA3"), "IA3"),
-    "peft type missing": (config(peft_type=None), "LORA"),
-    "base gone": (config(base_model_name_or_path="/nowhere/base"), "/nowhere/base"),
-    "base unknown": (config(base_model_name_or_path=None), "--model"),
-    "config of the run": (edited("training_config.json", text("[]")), "training_config.json"),
-    "tokenizer": (edited("tokenizer.json", text("{")), "moved"),
-    "model nowhere": (flags("--model", "nowhere/model"), "nowhere/model"),
-    "prompts nowhere": (flags("--prompts", "nowhere.json"), "nowhere.json"),
-    "prompts a folder": (flags("--prompts", "."), "."),
-    "prompts binary": (written("--prompts", "p.json", b"\xff\x00"), "p.json"),
-    "val nowhere": (flags("--val-data", "nowhere.jsonl"), "nowhere.jsonl"),
-    "val a folder": (flags("--val-data", "."), "."),
-    "val empty": (written("--val-data", "v.jsonl", ""), "v.jsonl"),
-    "val binary": (written("--val-data", "v.jsonl", b"\xff\x00"), "v.jsonl"),
-    "val broken": (written("--val-data", "v.jsonl", GOOD + "\n{"), "v.jsonl:3"),
-    "val a list": (written("--val-data", "v.jsonl", GOOD + "[]"), "v.jsonl:2"),
-    "val no output": (written("--val-data", "v.jsonl", '{"instruction": "a"}'), '"output"'),
-    "val number": (written("--val-data", "v.jsonl", '{"instruction": 1}'), '"instruction"'),
-    "val half a character": (
-        written("--val-data", "v.jsonl", GOOD.replace('"b"', '"\\ud800"')),
-        '"output" has half',
-    ),
-    "val too long": (written("--val-data", "v.jsonl", LONG), "v.jsonl"),
-    "output a folder": (flags("--output", "."), "--output"),
-    "output no json": (flags("--output", "out/results.html"), "--output"),
-    "output under a file": (written("--output", "f", ""), "f"),
-    "output is the prompts": (overwriting("--prompts", "p.json", '["a"]'), "--output p.json"),
-    "output is the val data": (overwriting("--val-data", "v.json", GOOD), "--output v.json"),
-    "output is the config": (
-        lambda *at: [*edited(CONFIG, Path.touch)(*at), "--output", f"moved/{CONFIG}"],
-        "--output moved/adapter_config.json",
-    ),
-    "page is a folder": (page_is_a_folder, "r.html"),
-    "base a number": (config(base_model_name_or_path=5), "--model"),
-    "layers of another run": (config(target_modules=["k_proj", "o_proj"]), "does not fit"),
-    "one layer too few": (config(target_modules=["q_proj"]), "does not fit"),
-    "layers no pattern": (config(target_modules="(q_proj"), "does not fit"),
-    "ranks a list": (config(rank_pattern=[1]), "does not fit"),
-    "weights not finite": (edited(WEIGHTS, not_finite), "finite"),
-    "scale not finite": (config(lora_alpha=math.nan), "finite"),
-    "tokenizer has more tokens": (more_tokens, "tokenizer"),
-    "code in the base": (code_in_the_base, "base"),
-    "code in the tokenizer": (edited("tokenizer_config.json", code_in_the_tokenizer), "moved"),
-    "template of classes": (
-        template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
-        "chat template",
-    ),
-    "template of modules": (
-        template("{{ lipsum.__globals__['os'].system('touch exploded') }}"),
-        "chat template",
-    ),
-    "template counts for long": (
-        template("{% for x in range(10**9) %}{% endfor %}"),
-        "Range too big",
-    ),
-    "template fills the memory": (template("{{ 'a' * 10**17 }}"), "MemoryError"),
-    "template refuses": (template("{{ raise_exception('system first') }}"), "system first"),
-    "prompt half a character": (written("--prompts", "p.json", '["a", "\\ud800"]'), "item 2"),
-    "prompts a long number": (written("--prompts", "p.json", f"[{'9' * 5000}]"), "p.json"),
-    "prompt too long": (written("--prompts", "p.json", f'["{"Pod " * 75000}"]'), "1,024"),
-    "prompt a long word": (written("--prompts", "p.json", f'["{"x" * 300000}"]'), "1,024"),
-    "new tokens beyond the context": (flags("--max-new-tokens", "3000"), "1,024"),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_ends_in_one_line_that_names_it(
-    name, adapter, asked, tmp_path, capsys, monkeypatch
-):
-    make, named = MISTAKES[name]
-    monkeypatch.chdir(tmp_path)
-    wrong = [str(part) for part in make(tmp_path, adapter)]
-    if name == "output under a file":
-        wrong[-1] += "/results.json"
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    right = ["--adapter", str(adapter), "--prompts", str(asked), "--max-new-tokens", "1"]
-    with pytest.raises(SystemExit) as end:
-        evaluate.main([*right, "--output", "out/results.json", *wrong])
-    message = end.value.code
-    if message == 2:
-        lines = capsys.readouterr().err.splitlines()
-        message = lines[-1][lines[-1].index("error:") :]
-    assert message.startswith("error:") and named in message and "\n" not in message
-    assert len(message) < 500
-    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert after == before and not (tmp_path / "out").exists()
-
-
-def test_an_output_that_can_not_be_written_is_told_before_a_model_is_loaded(adapter, tmp_path):
-    (tmp_path / "file").write_text("")
-    flags = ["--adapter", adapter, "--model", "nowhere/model"]
-    with pytest.raises(SystemExit, match="^error: can't write to .*file; choose another --output"):
-        run(tmp_path, *flags, output="file/e.json")
-
-
-def test_out_of_gpu_memory_ends_in_one_line_of_advice(adapter, asked, tmp_path, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(evaluate, "generate", full)
-    with pytest.raises(SystemExit, match="^error: out of GPU memory; lower --batch-size"):
-        run(tmp_path, "--adapter", adapter, "--prompts", asked)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_failed_write_leaves_the_old_results(adapter, asked, tmp_path, monkeypatch):
-    flags = ["--adapter", adapter, "--prompts", asked, "--max-new-tokens", 1]
-    _, page = run(tmp_path, *flags)
+    flags = [*parrot[:2], "--prompts", asked, "--max-new-tokens", 1]
+    page = run(tmp_path, *flags).page
     old = {path: path.read_bytes() for path in page.parent.iterdir()}
 
     def full(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(evaluate.os, "replace", full)
+    if fault == "failed move":
+        monkeypatch.setattr(os, "replace", full)
+    disk = largest_file(999) if fault == "full disk" else contextlib.nullcontext()
+    with disk, pytest.raises(SystemExit, match="^error: .*(File too large|No space left).*; "):
+        run(tmp_path, *flags, "--batch-size", 2)
+    assert {path: path.read_bytes() for path in page.parent.iterdir()} == old
+
+
+# ------------------------------------------------------------------------------- mistakes
+
+
+class Bomb:
+    """Unpickling this makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+PICKLE = pickle.dumps(Bomb())
+GOOD = '{"instruction": "a", "output": "b"}\n'
+
+
+def not_finite(path):
+    weights = load_file(path)
+    nan = {name: torch.full_like(weight, math.nan) for name, weight in weights.items()}
+    save_file(nan, path, {"format": "pt"})
+
+
+def more_tokens(path):
+    tokenizer = AutoTokenizer.from_pretrained(path.parent)
+    tokenizer.add_tokens(["<new>"])  # the model got none
+    tokenizer.save_pretrained(path.parent)
+
+
+def template(words):
+    return {"moved/chat_template.jinja": lambda path: path.write_text(words + path.read_text())}
+
+
+def config(**changes):
+    return {f"moved/{CONFIG}": changes}
+
+
+# fmt: off
+# what the error must name, the flags, the files that are written (None: deleted; a dict: changed keys)
+EARLY = [  # told before a model is loaded; "moved" is a copy of a good adapter
+    *[("--batch-size", f"--batch-size {value}", {}) for value in ["0", "-1", "1.5", "9" * 20]],
+    *[("--max-new-tokens", f"--max-new-tokens {value}", {}) for value in ["0", "nan"]],
+    ("--val-prompts", "--val-prompts -1", {}),
+    ("--precision", "--precision fp8", {}),
+    ("--temperature", "--temperature 1", {}),
+    ("--adapter", "--adapter", {}),
+    ("results", "results", {}),
+    ("nowhere", "--adapter nowhere", {}),
+    ("a.json", "--adapter a.json", {"a.json": "{}"}),
+    *[(CONFIG, "", {f"moved/{CONFIG}": text}) for text in ["{", "[]", b"\xff\xfe\x00", None]],
+    ("no adapter", "", {f"moved/{WEIGHTS}": None}),
+    ("pickle", "", {f"moved/{WEIGHTS}": None, "moved/adapter_model.bin": PICKLE}),
+    ("IA3", "", config(peft_type="IA3")),
+    ("LORA", "", config(peft_type=None)),
+    *[("bias", "", config(bias=bias)) for bias in ["all", "lora_only"]],
+    ("training_config.json", "", {"moved/training_config.json": "[]"}),
+    ("moved", "", {"moved/tokenizer.json": "{"}),
+    ("moved", "", {"moved/tokenizer_config.json": {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.T", None]}}, "moved/code.py": "open('exploded', 'w')"}),
+    ("chat template", "", template("{{ ''.__class__.__mro__[1].__subclasses__() }}")),
+    ("chat template", "", template("{{ lipsum.__globals__['os'].system('touch exploded') }}")),
+    ("Range too big", "", template("{% for x in range(10**9) %}{% endfor %}")),
+    ("MemoryError", "", template("{{ 'a' * 10**17 }}")),
+    ("system first", "", template("{{ raise_exception('system first') }}")),
+    ("nowhere.json", "--prompts nowhere.json", {}),
+    ("folder", "--prompts folder", {"folder/x": ""}),
+    *[
+        ("p.json", "--prompts p.json", {"p.json": text})
+        for text in ["{}", '"Why?"', "[]", "[1]", '["a", null]', '["a", "  "]', '[["a"]]', '[{"prompt": "a"}]', "['a']", "", "null", "[" * 100_000, b"\xff\x00", f"[{'9' * 5000}]"]
+    ],
+    ("item 2", "--prompts p.json", {"p.json": '["a", "\\ud800"]'}),
+    ("nowhere.jsonl", "--val-data nowhere.jsonl", {}),
+    ("folder", "--val-data folder", {"folder/x": ""}),
+    *[
+        (named, "--val-data v.jsonl", {"v.jsonl": text})
+        for named, text in [
+            ("v.jsonl", ""),
+            ("v.jsonl", b"\xff\x00"),
+            ("v.jsonl:3", GOOD + "\n{"),
+            ("v.jsonl:2", GOOD + "[]"),
+            ('v.jsonl:1: "output"', '{"instruction": "a"}'),
+            ('v.jsonl:1: "instruction"', '{"instruction": 1}'),
+            ("v.jsonl:1", GOOD.replace('"b"', '"\\ud800"')),
+        ]
+    ],
+    ("folder", "--output folder", {"folder/x": ""}),
+    ("results.html", "--output out/results.html", {}),
+    ("f", "--output f/results.json", {"f": ""}),
+    ("p.json", "--output p.json --prompts p.json", {"p.json": '["a"]'}),
+    ("v.json", "--output v.json --val-data v.json", {"v.json": GOOD}),
+    (f"moved/{CONFIG}", f"--output moved/{CONFIG}", {}),
+    ("r.html", "--output r.json", {"r.html/x": ""}),
+]
+FOREIGN_TOOL = {"moved/training_config.json": None}
+LATE = [
+    ("moved", "", {f"moved/{WEIGHTS}": lambda path: os.truncate(path, 1000)}),
+    ("moved", "", {f"moved/{WEIGHTS}": "hello"}),
+    ("/nowhere/base", "", config(base_model_name_or_path="/nowhere/base") | FOREIGN_TOOL),
+    ("nowhere/model", "--model nowhere/model", {}),
+    *[("--model", "", config(base_model_name_or_path=base) | FOREIGN_TOOL) for base in [None, 5]],
+    *[("does not fit", "", config(target_modules=m)) for m in [["k_proj", "o_proj"], ["q_proj"], "(q_proj"]],
+    ("does not fit", "", config(rank_pattern=[1])),
+    ("finite", "", {f"moved/{WEIGHTS}": not_finite}),
+    ("finite", "", config(lora_alpha=math.nan)),
+    ("tokenizer", "--prompts p.json", {"p.json": '["<new>"]', "moved/tokenizer.json": more_tokens}),
+    ("base", "--model base", {"base/model.safetensors": None, "base/pytorch_model.bin": PICKLE}),
+    ("base", "--model base", {"base/config.json": {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}, "base/code.py": "open('exploded', 'w')"}),
+    ("v.jsonl", "--val-data v.jsonl", {"v.jsonl": json.dumps({"instruction": "why " * 2000, "output": "b"})}),
+    ("1,024", "--prompts p.json", {"p.json": f'["{"Pod " * 75000}"]'}),
+    ("1,024", "--prompts p.json", {"p.json": f'["{"x" * 300000}"]'}),
+    ("1,024", "--max-new-tokens 3000", {}),
+]
+
+
+# fmt: on
+
+
+@pytest.mark.parametrize("case", [*EARLY, *LATE], ids=lambda case: f"{case[1]} {[*case[2]]}")
+def test_a_mistake_ends_in_one_line_that_names_it_and_writes_nothing(
+    case, adapter, tiny, asked, tmp_path, capsys, monkeypatch
+):
+    named, wrong, files = case
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(adapter, "moved")
+    shutil.copytree(tiny, "base")
+    for path, content in files.items():
+        path = Path(path)
+        path.parent.mkdir(exist_ok=True)
+        if content is None:
+            path.unlink()
+        elif isinstance(content, dict):
+            path.write_text(json.dumps(json.loads(path.read_text()) | content))
+        elif callable(content):
+            content(path)
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    right = ["--adapter", "moved", "--prompts", str(asked), "--max-new-tokens", "1"]
+    right += ["--model", "nowhere/model"] if case in EARLY else []
     with pytest.raises(SystemExit) as end:
-        run(tmp_path, *flags, "--batch-size", 2)
-    assert end.value.code.startswith("error:") and "No space left" in end.value.code
-    assert {path: path.read_bytes() for path in page.parent.iterdir()} == old
+        evaluate.main([*right, "--output", "out/results.json", *wrong.split()])
+    message = end.value.code
+    if message == 2:
+        lines = capsys.readouterr().err.splitlines()
+        message = lines[-1][lines[-1].index("error:") :]
+    else:
+        assert re.search("; | takes ", message)  # what to do
+    assert message.startswith("error:") and named in message and "\n" not in message
+    assert len(message) < 500
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before and not Path("out").exists() and not Path("exploded").exists()
 
 
-def test_a_full_disk_leaves_the_old_results(adapter, asked, tmp_path, capsys):  # stdout: no file
-    flags = ["--adapter", adapter, "--prompts", asked, "--max-new-tokens", 1]
-    _, page = run(tmp_path, *flags)
-    old = {path: path.read_bytes() for path in page.parent.iterdir()}
-    with largest_file(999), pytest.raises(SystemExit, match="^error: .*File too large"):
-        run(tmp_path, *flags, "--batch-size", 2)
-    assert {path: path.read_bytes() for path in page.parent.iterdir()} == old
+def shape(tiny, folder, **changes):
+    config = LlamaConfig(**AutoModelForCausalLM.from_pretrained(tiny).config.to_dict() | changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+
+
+OTHERS = {
+    "shape": lambda tiny, folder: shape(tiny, folder, hidden_size=128, head_dim=32),
+    "layers": lambda tiny, folder: shape(tiny, folder, num_hidden_layers=3),
+    "weights": lambda tiny, folder: offline_model.write_tiny(folder, seed=1),
+    "architecture": lambda tiny, folder: offline_model.write_tiny(folder, "phi"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("trained_here", [True, False])
+def test_a_base_that_the_adapter_was_not_trained_on_is_refused(
+    other, trained_here, adapter, tiny, tmp_path, asked
+):
+    OTHERS[other](tiny, tmp_path / "other")
+    if not trained_here:
+        if other == "weights":
+            pytest.skip("nothing in the folder of another tool tells")
+        modules = ["dense"] if other == "architecture" else ["q_proj"]
+        adapter = write_adapter(tmp_path / "other", tmp_path / "adapter", target_modules=modules)
+    base = tmp_path / "other" if trained_here else tiny
+    with pytest.raises(SystemExit, match="^error: .*fit.*; .*--model.*$") as end:
+        run(tmp_path, "--adapter", adapter, "--prompts", asked, "--model", base)
+    assert "\n" not in end.value.code and not (tmp_path / "out").exists()
 
 
 def test_a_read_only_folder_is_refused_before_a_model_is_loaded(adapter, tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o555)
+    (tmp_path / "out").mkdir(mode=0o555)
     flags = ["--adapter", adapter, "--model", "nowhere/model"]
-    told = f"^error: can't write to {tmp_path}/locked; choose another --output$"
-    with pytest.raises(SystemExit, match=told):
-        without_privileges(lambda: run(tmp_path, *flags, output="locked/new/e.json"))
+    with pytest.raises(SystemExit, match=f"^error: .*{tmp_path}/out; .*--output$"):
+        without_privileges(lambda: run(tmp_path, *flags))
+
+
+def test_out_of_gpu_memory_ends_in_one_line_of_advice(adapter, asked, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", full)
+    with pytest.raises(SystemExit, match="^error: out of GPU memory; lower --batch-size"):
+        run(tmp_path, "--adapter", adapter, "--prompts", asked)
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------- terminal
 
 
-def test_wrap_keeps_the_lines_of_a_code_block():
-    code = ["```yaml", "apiVersion: v1", "spec:", "    - name: a", "", "      port: 80", "```"]
-    got = evaluate.wrap("\n".join(["Write", *code, "and apply it."]), 30)
-    assert got == ["Write", *code, "and apply it."]
+def columns_of(text):
+    """How many columns of a terminal a text takes."""
+    marks = sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
+    return len(text) - marks + sum(unicodedata.east_asian_width(c) in "FW" for c in text)
 
 
-def test_wrap_cuts_long_code_and_wraps_prose_at_words():
-    line = "    kubectl get pods --all-namespaces --output wide"
-    got = evaluate.wrap(f"```\n{line}\n```", 20)
-    assert "".join(got[1:-1]) == line and max(map(len, got)) <= 20
-    prose = "one two three four five six seven eight nine ten"
-    got = evaluate.wrap(prose, 20)
-    assert " ".join(got) == prose and max(map(len, got)) <= 20
-    assert max(map(len, evaluate.wrap("x" * 100, 20))) <= 20
-
-
-@pytest.mark.parametrize("columns", [80, 60, 120])
-def test_side_by_side_fits_the_terminal(columns, adapter, tmp_path, capsys, monkeypatch, val):
+@pytest.mark.parametrize("columns", [1, 60, 80, 121])
+def test_answers_fit_the_terminal_and_stay_aligned(columns, said, parrot, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
-    prompts = tmp_path / "prompts.json"
-    prompts.write_text(json.dumps(["What is a Pod? " * 20, "y" * 300]))
-    flags = ["--adapter", adapter, "--prompts", prompts, "--max-new-tokens", 60]
-    run(tmp_path, *flags, "--val-data", val)
-    lines = capsys.readouterr().out.splitlines()
-    pairs = [line for line in lines if " | " in line]
-    assert len(pairs) > 4 and len({line.index(" | ") for line in pairs if line}) == 1
-    sides = [n for n, line in enumerate(lines) if line.startswith("[1/2]") or " | " in line]
-    assert max(len(line) for line in lines[sides[0] : sides[-1] + 1]) <= columns
+    out = said.out if columns == 80 else run(tmp_path, *parrot).out
+    blocks = re.split(r"^\[(?=\d+/14\])", out, flags=re.MULTILINE)[1:]
+    blocks[-1] = blocks[-1].split("\n\n")[0]
+    shown = dict(zip(ANSWERS, blocks[len(REFERENCES) :], strict=True))
+    for block in blocks:
+        lines = block.splitlines()
+        assert max(map(columns_of, lines)) <= max(columns, 40)
+        bars = {columns_of(line.split(" | ")[0].ljust(0)) for line in lines if " | " in line}
+        assert len(bars) <= 1
+    for question in "[long]", "[wide]", "[marks]", "[vowels]":
+        text = squeezed(re.sub(r" \| .*", "", shown[question]))
+        assert ANSWERS[question][0] in text
+    for question in "[code]", "[two]":
+        lines = [re.split(r" +\|", line)[0] for line in shown[question].splitlines()]
+        if columns > 20:
+            assert "\n".join(ANSWERS[question][0].splitlines()) in "\n".join(lines)
 
 
-def test_wide_characters_take_two_columns_and_marks_none():
-    assert evaluate.wrap("部署" * 5, 8) == ["部署部署"] * 2 + ["部署"]
-    assert evaluate.wrap("部署" * 5, 7) == ["部署部", "署部署", "部署部", "署"]
-    assert evaluate.wrap("e\u0301" * 8, 8) == ["e\u0301" * 8]
-    assert evaluate.wrap("ok 🚀🚀 ok", 7) == ["ok 🚀🚀", "ok"]
-    assert evaluate.wrap("```\n" + "部" * 5, 4) == ["```", "部部", "部部", "部"]
+def test_what_would_steer_a_terminal_is_shown_and_not_sent(said):
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u202e]", said.out)
+    assert len(re.findall(r"\S\[2Ja\S+?0;title", squeezed(said.out))) == 5 + 9 + 4 + 1
 
 
-def side_by_side(capsys, base, finetuned, prompt="?"):
-    sides = {"base": base, "finetuned": finetuned, "base_stopped": True, "finetuned_stopped": True}
-    evaluate.print_side_by_side([{"prompt": prompt} | sides])
-    return capsys.readouterr().out
-
-
-def test_columns_stay_aligned_beside_wide_characters(capsys):
-    rows = side_by_side(capsys, "部署e\u0301🚀", "right").splitlines()
-    assert rows[2] == "before".ljust(38) + " | after"
-    assert rows[4] == "部署e\u0301🚀" + " " * 31 + " | right"
-
-
-def test_what_would_steer_a_terminal_is_shown_and_not_sent(capsys):
-    answer = "\x1b[2Ja\x1b]0;title\x07b\x9b1mc\rd\x08e\u202ef\u200bg\x00h\ti\x7f"
-    out = side_by_side(capsys, answer, f"```\n{answer}\n```", f"why {answer}")
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u202e]", out)
-    assert "\ufffd[2Ja\ufffd]0;title\ufffdb\ufffd1mc" in out and "d\ufffdefg\ufffdh" in out
-
-
-@pytest.mark.parametrize("columns", ["1", "20", "1000"])
-def test_a_very_narrow_or_wide_terminal_is_no_trouble(columns, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", columns)
-    assert "smallest" in side_by_side(capsys, "the\nsmallest\nunit", "x" * 30 + " 部署")
-
-
-def test_piped_output_is_plain_in_any_encoding(adapter, asked, tmp_path):
-    flags = ["--adapter", adapter, "--prompts", asked, "--max-new-tokens", "24"]
+def test_piped_output_is_plain_in_any_encoding(parrot, tmp_path):
     run = subprocess.run(
-        [sys.executable, evaluate.__file__, *flags, "--output", tmp_path / "r.json"],
+        [sys.executable, evaluate.__file__, *map(str, parrot), "--output", tmp_path / "r.json"],
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
         capture_output=True,
         check=False,
     )
-    answers = " ".join(result["base"] for result in strict(tmp_path / "r.json")["prompts"])
-    assert run.returncode == 0 and not answers.isascii()
-    assert not re.search(rb"[^\n\x20-\x7e]", run.stdout) and b"?" in run.stdout
+    assert run.returncode == 0 and strict(tmp_path / "r.json")["prompts"][4]["reference"]
+    assert not re.search(rb"[^\n\x20-\x7e]", run.stdout) and rb"\u90e8" in run.stdout
     assert not re.search(rb"[^\n\x20-\x7e]", run.stderr)
 
 
 # ------------------------------------------------------------------------------- page
 
 
-def page_of(folder, answer, log=()):
-    """A page with this answer on both sides: its elements and its text."""
-    sides = {"base": answer, "finetuned": answer, "base_stopped": True, "finetuned_stopped": False}
-    summary = {"verdict": "Better", "prompts": 1, "base_stopped": 1, "finetuned_stopped": 0}
-    summary |= {"base_mean_tokens": 3.4, "finetuned_mean_tokens": 5.6}
-    settings = {"model": "m", "prompts": None, "versions": {"torch": "2.13", "peft": "0.21"}}
-    results = {"summary": summary, "perplexity": None, "settings": settings}
-    evaluate.write_page(folder / "p.html", results | {"prompts": [{"prompt": "?"} | sides]}, log)
-    return Elements(folder / "p.html"), (folder / "p.html").read_text(encoding="utf-8")
-
-
-def test_headings_step_down_one_level_at_a_time_and_columns_have_scopes(results):
-    elements = Elements(results[1])
-    levels = [int(tag[1]) for tag in elements.tags if re.fullmatch("h[1-6]", tag)]
-    assert levels[0] == 1 and levels.count(1) == 1 and levels.count(3) == 3
-    assert all(below - above <= 1 for above, below in zip(levels, levels[1:]))
-    assert elements.attributes.count(("scope", "col")) == 3
-    assert elements.tags.count("th") == len(
-        [1 for name, _ in elements.attributes if name == "scope"]
-    )
-
-
-def test_fenced_code_is_set_as_code_also_where_it_was_cut(tmp_path):
-    answer = "Run\n\n```bash\nls <a> `b`\n```\n\nthen\n\n```\ncut"
-    elements, page = page_of(tmp_path, answer)
-    code = re.findall(r"<code>(.*?)</code>", page, re.DOTALL)
-    assert code[:2] == ["```bash\nls &lt;a&gt; `b`\n```", "```\ncut"] and len(code) == 4
-    assert elements.text.count(answer) == 2
-
-
-def test_settings_are_told_in_words(tmp_path):
-    _, page = page_of(tmp_path, "a")
-    body = page.split("</style>")[1]
-    assert "torch 2.13, peft 0.21" in body and "None" not in body and "{" not in body
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_stand_out_from_their_ground(scheme):
-    colours = dict(re.findall(r"--(\w+): (#\w+)", evaluate.PAGE.split("@media (prefers")[0]))
-    if scheme == "dark":
-        colours = dict(re.findall(r"--(\w+): (#\w+)", evaluate.PAGE.split("@media (prefers")[1]))
-
-    def luminance(name):
-        digits = colours[name][1:]
-        pairs = (
-            [digits[i : i + 2] for i in (0, 2, 4)] if len(digits) == 6 else [c * 2 for c in digits]
-        )
-        parts = [int(pair, 16) / 255 for pair in pairs]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    for ink in ("ink", "soft", "after", "alarm"):
-        for ground in ("paper", "tint"):
-            dark, light = sorted([luminance(ink), luminance(ground)])
-            assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, ground)
-
-
-def losses(*values, key="loss", first=1):
-    return [{"step": step, key: value} for step, value in enumerate(values, first)]
-
-
-def coordinates(svg):
-    points = re.search(r'points="(.*?)"', svg)[1].split()
-    return sorted({tuple(map(float, point.split(","))) for point in points})
-
-
-def test_a_run_of_one_step_has_a_curve_that_can_be_seen():
-    svg = evaluate.curve(losses(2.5))
-    assert svg.count("step 1<") == 2 and coordinates(svg) == [(90, 20)]
-    assert len(re.search(r'points="(.*?)"', svg)[1].split()) == 2  # a lone point is not drawn
-
-
-def test_a_long_curve_stays_small_and_ends_where_training_ended():
-    svg = evaluate.curve(losses(*(5 - step / 2500 for step in range(10_000))))
-    assert len(svg) < 25_000 and len(coordinates(svg)) > 500
-    assert coordinates(svg)[0][0] < 91 and coordinates(svg)[-1] == (690, 220)
-    assert "from 5.000 to 1.000" in svg and "step 10000<" in svg
-
-
-def test_what_is_no_step_or_loss_is_left_out_of_the_curve(tmp_path):
-    odd = losses(None, math.nan, math.inf, "<b>", [1], 10**400, first=3)
-    odd += losses(None, math.nan, key="eval_loss") + [{"step": "<b>", "loss": 9.0}, {"loss": 9.0}]
-    write_jsonl(tmp_path / "log", losses(4.0, 3.0) + odd)
-    good = evaluate.curve(losses(4.0, 3.0))
-    assert evaluate.curve(evaluate.read_log(tmp_path / "log")) == good
-    write_jsonl(tmp_path / "log", odd)
-    assert evaluate.curve(evaluate.read_log(tmp_path / "log")) == evaluate.curve([]) == ""
-
-
-def test_a_log_with_steps_twice_or_out_of_order_gives_one_line():
-    again = losses(5.0, 4.0, 3.9, 3.8) + losses(3.0, 2.0, first=3) + losses(9.0, 4.5)
-    assert evaluate.curve(again) == evaluate.curve(losses(9.0, 4.5, 3.0, 2.0))
-
-
-def test_hostile_prompts_and_answers_are_inert_on_the_page(hostile):
-    results, page = hostile
-    assert results["prompts"][0]["base"] == "".join(HOSTILE)  # the answers are hostile indeed
-    elements = Elements(page)
-    harmless = "html head meta title style body h1 h2 h3 p div span pre table thead tbody tr th td"
-    harmless += " footer h4 code svg g path text polyline"
-    assert set(elements.tags) <= set(harmless.split())
-    assert not [name for name, _ in elements.attributes if name.startswith("on")]
-    assert all(text in elements.text for text in HOSTILE)
-    assert elements.text.count("".join(HOSTILE)) >= 2 * len(results["prompts"])
-
-
-def test_the_page_refers_to_nothing_outside_itself(results, hostile):
-    for _, page in (results, hostile):
-        elements = Elements(page)
-        loading = {"src", "href", "srcset", "action", "data", "background", "poster", "xlink:href"}
-        assert not loading & {name for name, _ in elements.attributes}
-        style = re.findall(r"<style>(.*?)</style>", page.read_text(encoding="utf-8"), re.DOTALL)
-        assert not re.search(r"url\(|@import|https?:", "".join(style))
-        assert not [value for _, value in elements.attributes if "http" in (value or "")]
-
-
-def test_the_page_shows_verdict_figures_curve_and_answers(results):
-    data, page = results
-    elements = Elements(page)
-    assert data["summary"]["verdict"] in elements.text
-    assert f"{data['perplexity']['base']:.3f}" in elements.text
-    assert f"{data['perplexity']['finetuned']:.3f}" in elements.text
-    assert "polyline" in elements.tags
-    log = (Path(data["settings"]["adapter"]) / "training_log.jsonl").read_text().splitlines()
-    losses = [entry["eval_loss"] for entry in map(json.loads, log) if "eval_loss" in entry]
-    assert f"validation loss, at last {losses[-1]:.3f}" in elements.text
+def test_the_page_tells_verdict_figures_and_settings_in_words_and_in_order(results):
+    page, data = Page(results.page), results.data
+    headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert headings[0] == 1 and headings.count(1) == 1
+    assert all(below - above <= 1 for above, below in zip(headings, headings[1:]))
+    headed = "".join(page.inside[f"h{level}"] for level in range(1, 7))
+    assert all(result["prompt"] in headed for result in data["prompts"])
+    assert {"main", "title", "details", "svg"} <= page.names()
+    assert dict(page.tags)["html"]["lang"] == "en" and "open" not in dict(page.tags)["details"]
+    assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
+    assert page.curve() and all(a["aria-label"] for _, a in page.tags if a.get("role") == "img")
+    verdict = page.text.index(data["summary"]["verdict"])
+    assert verdict < page.text.index("lower is better") < page.text.index(ASKED[0])
     for result in data["prompts"]:
-        assert result["base"] in elements.text and result["finetuned"] in elements.text
+        assert result["base"] in page.text and result["finetuned"] in page.text
+    settings = page.inside["details"]
+    assert f"torch {torch.__version__}" in settings and "None" not in settings
+    assert "{" not in settings
+    figures = data["perplexity"], data["general"]
+    assert tells(page.text, *(f[side] for f in figures for side in ("base", "finetuned", "ratio")))
+    log = (Path(data["settings"]["adapter"]) / "training_log.jsonl").read_text().splitlines()
+    log = [json.loads(line) for line in log]
+    assert tells(page.text, *(entry["eval_loss"] for entry in log if "eval_loss" in entry))
+
+
+def losses(*values, key="loss", first=1, every=1):
+    return [{"step": first + n * every, key: value} for n, value in enumerate(values)]
+
+
+LOGS = {  # entries of the log, figures and words that the page then tells, points at least
+    "one step": (losses(2.5), [2.5], ["step 1"]),
+    "many steps": (losses(*(5 - n / 2500 for n in range(10_000))), [5, 1], ["step 10000"]),
+    "steps twice": (losses(5.0, 4.0, 9.0) + losses(3.0, 2.0, first=3), [5, 2], ["step 4"]),
+    "lowest earlier": (
+        losses(5.0, 4.0, 3.0, 2.0) + losses(4.5, 3.25, 3.75, key="eval_loss", first=2),
+        [5, 2, 3.75, 3.25],
+        ["step 3", "lowest"],
+    ),
+    "nothing of use": (
+        losses(None, "<b>", [1], 10**400, math.inf) + [{"step": "<b>", "loss": 9.0}, {"loss": 9}],
+        [],
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_the_curve_is_that_of_the_log(name, parrot, asked, tmp_path):
+    log, figures, words = LOGS[name]
+    moved = Path(shutil.copytree(parrot[1], tmp_path / "moved"))
+    write_jsonl(moved / "training_log.jsonl", log)
+    flags = ["--adapter", moved, "--prompts", asked, "--max-new-tokens", 1, "--no-load-in-4bit"]
+    page = Page(run(tmp_path, *flags).page)
+    assert bool(page.curve()) == bool(figures)
+    assert tells(page.text, *figures) and len(page.source) < 100_000
+    assert all(word in page.text for word in words)
+    svg = "".join(re.findall("<svg.*?</svg>", page.source, re.DOTALL))
+    assert not re.search(r"\b(nan|inf)\b", svg)
+
+
+def test_hostile_texts_are_inert_on_the_page_which_refers_to_nothing_outside(said, results):
+    page = Page(said.page)
+    assert page.text.count(HOSTILE) >= 5 + 9 + 2 + 2 + 1  # questions, answers, reference
+    for page in page, Page(results.page):
+        loading = {"src", "href", "srcset", "action", "data", "background", "poster", "xlink:href"}
+        assert not page.names() & {"script", "iframe", "img", "b", "link", "object", "base", "form"}
+        for _, attributes in page.tags:
+            assert not loading & set(attributes)
+            assert not [name for name in attributes if name.startswith("on")]
+            assert "http" not in "".join(filter(None, attributes.values()))
+        assert not re.search(r"url\(|@import|https?:", page.inside["style"])
 
 
 @pytest.fixture(scope="module")
@@ -1076,55 +966,56 @@ def browser():
     browser.quit()
 
 
-def open_page(browser, page, width):
-    """Open a page on a screen of that width: the addresses that were asked for."""
-    browser.get_log("performance")
+TEXTS = """
+const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) if (walker.currentNode.data.trim()) found.push(walker.currentNode);
+"""
+FAINT = """
+const parts = colour => colour.match(/[\\d.]+/g).map(Number);
+const luminance = colour => parts(colour).slice(0, 3).map(c => c / 255)
+  .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+const ground = e => { while (e && (parts(getComputedStyle(e).backgroundColor)[3] ?? 1) == 0)
+  e = e.parentElement; return e ? getComputedStyle(e).backgroundColor : 'rgb(255, 255, 255)' };
+return found.filter(text => { const e = text.parentElement, style = getComputedStyle(e);
+  const ink = luminance(e.closest('svg') ? style.fill : style.color), paper = luminance(ground(e));
+  return (Math.max(ink, paper) + .05) / (Math.min(ink, paper) + .05) < 4.5 }).map(t => t.data)
+"""
+BROKEN = """
+return found.filter(t => !t.parentElement.closest('pre, h2, h3, details')).flatMap(t =>
+  [...t.data.matchAll(t.parentElement.closest('table') ? /\\S+/g : /\\d[\\d.,]*\\d/g)].filter(m => {
+    const r = document.createRange(); r.setStart(t, m.index); r.setEnd(t, m.index + m[0].length);
+    return new Set([...r.getClientRects()].map(b => b.top)).size > 1 }).map(m => m[0]))
+"""
+OUTSIDE = """return [...document.querySelectorAll('body *')].filter(e =>
+  e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
+SMALL = """return [...document.querySelectorAll('svg text')].filter(e =>
+  parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a < 11).map(e => e.textContent)"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_in_a_browser_all_can_be_read_and_nothing_scrolls_sideways_loads_or_runs(
+    browser, results, said, width, scheme
+):
     screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    browser.get(Path(page).resolve().as_uri())
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [
-        message["params"]["request"]["url"]
-        for message in messages
-        if message["method"] == "Network.requestWillBeSent"
-    ]
-
-
-@pytest.mark.parametrize("width", [390, 1280])
-def test_in_a_browser_nothing_scrolls_sideways_loads_or_runs(browser, results, hostile, width):
-    shots = os.environ.get("SCREENSHOTS")
-    for name, (_, page) in {"shot": results, "hostile": hostile}.items():
-        asked = open_page(browser, page, width)
-        assert asked == [page.resolve().as_uri()]  # the page and nothing else
-        wide = browser.execute_script("return document.documentElement.scrollWidth")
-        assert wide <= width
-        assert browser.execute_script("return innerWidth") == width
-        assert browser.execute_script("return window.pwned") is None
-        assert browser.execute_script("return document.scripts.length") == 0
-        assert not browser.execute_script(
-            "return [...document.querySelectorAll('body *')].filter(e => "
-            "e.getBoundingClientRect().right > innerWidth + 1).length"
-        )
-        if shots:
-            browser.save_screenshot(str(Path(shots) / f"{name}{width}.png"))
-
-
-def test_figures_on_a_telephone_are_not_broken_in_two(browser, results):
-    open_page(browser, results[1], 390)
-    broken = browser.execute_script(
-        "return [...document.querySelectorAll('thead th, tbody td')]"
-        ".filter(e => !e.closest('footer')).map(e => {const r = document.createRange(); "
-        "r.selectNodeContents(e); return [e.textContent, r.getClientRects().length]})"
-        ".filter(([text, lines]) => lines > 1 && !text.includes(' '))"
-    )
-    assert broken == []
-    heights = (
-        "return [...document.querySelectorAll('footer th')].map(e => {const r = "
-        "document.createRange(); r.selectNodeContents(e); return r.getBoundingClientRect().height})"
-    )
-    assert max(browser.execute_script(heights)) < 30  # one line each
-    size = (
-        "return [...document.querySelectorAll('svg text')].map(e => "
-        "parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a)"
-    )
-    assert min(browser.execute_script(size)) > 11
+    scheme = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    for page in results.page, said.page:
+        browser.get_log("performance")
+        browser.get(page.resolve().as_uri())
+        messages = [json.loads(entry["message"]) for entry in browser.get_log("performance")]
+        messages = [entry["message"] for entry in messages]
+        sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        assert [m["request"]["url"] for m in sent] == [page.resolve().as_uri()]
+        script = browser.execute_script
+        script("document.querySelectorAll('details').forEach(d => d.open = true)")
+        assert script("return document.documentElement.scrollWidth") <= width
+        assert script("return [innerWidth, document.scripts.length]") == [width, 0]
+        assert script("return window.pwned") is None
+        for fault in OUTSIDE, TEXTS + FAINT, TEXTS + BROKEN, SMALL:
+            assert script(fault) == []
+        if shots := os.environ.get("SCREENSHOTS"):
+            name = f"{page.parent.parent.name}{width}{scheme['value']}.png"
+            browser.save_screenshot(str(Path(shots) / name))
