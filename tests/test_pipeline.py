@@ -17,20 +17,7 @@ import lora_finetune
 import prepare_dataset
 
 ROOT = Path(lora_finetune.__file__).parent
-THINGS = [
-    "Pod",
-    "Service",
-    "Node",
-    "Ingress",
-    "Secret",
-    "Volume",
-    "Job",
-    "Probe",
-    "Label",
-    "Taint",
-    "Quota",
-    "Helm",
-]
+THINGS = "Pod Service Node Ingress Secret Volume Job Probe Label Taint Quota Helm".split()
 PROMISED = {
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -116,7 +103,7 @@ def test_last_validation_loss_is_the_log_of_the_perplexity_evaluate_finds(pipeli
     ]
     assert len(losses) == 2  # one an epoch
     written = json.loads((folder / "e.json").read_text(encoding="utf-8"))["perplexity"]
-    assert losses[-1] == pytest.approx(math.log(written["finetuned"]), abs=1e-3)
+    assert losses[-1] == pytest.approx(math.log(written["finetuned"]), rel=1e-5)
     assert losses[-1] == pytest.approx(trained["eval_loss"], abs=1e-9)
     assert written == compared["perplexity"]
 
@@ -167,10 +154,21 @@ def test_adapter_holds_lora_weights_of_the_named_layers_only(pipeline):
 # ------------------------------------------------------------------------------- two processes
 
 
-def two_processes(script, *flags):
-    """Run a script in two processes that average their gradients over gloo."""
+DISTURBED = """
+import os, runpy, time, torch
+step, look_up = torch.optim.AdamW.step, torch.nn.Embedding.forward
+second = os.environ["RANK"] == "1"
+{}
+runpy.run_path({!r}, run_name="__main__")
+"""
+
+
+def two_processes(folder, *flags, disturbed=""):
+    """Run lora_finetune.py in two processes over gloo, after some lines that disturb it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    script = folder / "disturbed.py"
+    script.write_text(DISTURBED.format(disturbed, str(ROOT / "lora_finetune.py")))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -187,7 +185,7 @@ def two_processes(script, *flags):
 
 
 def run_flags(tiny, data, val, output):
-    flags = "--lora-dropout 0 --epochs 2 --learning-rate 0.01 --gradient-accumulation-steps 2"
+    flags = "--lora-dropout 0 --epochs 2 --gradient-accumulation-steps 2"
     paths = ["--model", tiny, "--dataset", data, "--val-data", val, "--output", str(output)]
     return [*flags.split(), *paths]
 
@@ -210,76 +208,60 @@ def test_eight_answers_learned_by_heart_come_back_word_for_word_and_stop(able, t
     assert all(result["finetuned_stopped"] for result in results)
 
 
-def test_two_processes_give_the_loss_curve_of_one(tiny, tmp_path):
-    data, val = write_jsonl(tmp_path / "d.jsonl", 19), write_jsonl(tmp_path / "v.jsonl", 5)
+NO_ROOM = """
+def no_room(self, ids):
+    if second and torch.is_grad_enabled() and len(ids) > 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return look_up(self, ids)
+torch.nn.Embedding.forward = no_room
+"""
+HAD_ENOUGH = """
+def faulty(self, *args, **kwargs):
+    if second:
+        raise SystemExit("error: the second process has had enough")
+    return step(self, *args, **kwargs)
+torch.optim.AdamW.step = faulty
+"""
+
+
+# of 8 rows a step, the last one of an epoch has 3 or 1
+@pytest.mark.parametrize("rows, disturbed", [(19, NO_ROOM), (17, "")], ids=["no room", "1 row"])
+def test_two_processes_give_the_loss_curve_of_one(tiny, tmp_path, rows, disturbed):
+    data, val = write_jsonl(tmp_path / "d.jsonl", rows), write_jsonl(tmp_path / "v.jsonl", 5)
     one = run_flags(tiny, data, val, tmp_path / "one")
     lora_finetune.main([*one, "--batch-size", "4"])
     two = run_flags(tiny, data, val, tmp_path / "two")
-    done = two_processes(ROOT / "lora_finetune.py", *two, "--batch-size", "2")
+    done = two_processes(tmp_path, *two, "--batch-size", "2", disturbed=disturbed)
     assert done.returncode == 0, done.stderr[-3000:]
 
     alone, together = (jsonl(tmp_path / name / "training_log.jsonl") for name in ("one", "two"))
     assert [entry["step"] for entry in together] == [1, 2, 3, 3, 4, 5, 6, 6]  # each once: one log
-    assert [entry["step"] for entry in alone] == [1, 2, 3, 3, 4, 5, 6, 6]
     for a, b in zip(alone, together, strict=True):
         assert set(a) == set(b)
-        for key in {"loss", "eval_loss", "learning_rate", "epoch"} & set(a):
-            assert b[key] == pytest.approx(a[key], abs=1e-4, rel=0)
+        for key in {"step", "loss", "eval_loss", "learning_rate", "epoch"} & set(a):
+            assert b[key] == pytest.approx(a[key], rel=0, abs=1e-6)
         if "grad_norm" in a:
-            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
-
-    assert PROMISED <= set(os.listdir(tmp_path / "two"))  # one adapter
-    assert set(os.listdir(tmp_path / "two")) == set(os.listdir(tmp_path / "one"))
-    from safetensors.torch import load_file
-
-    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert all(weight.allclose(two[name], atol=1e-3) for name, weight in one.items())
-    # the first process alone speaks
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+    assert set(os.listdir(tmp_path / "two")) == set(os.listdir(tmp_path / "one"))  # one adapter
+    # the first process alone speaks, and no library adds to it
     assert done.stdout.count("saved ") == done.stdout.count("next: python evaluate.py") == 1
     assert len(re.findall(r"^ +\d+ +\d\.\d\d +\d+\.\d{4} ", done.stdout, re.MULTILINE)) == 6
+    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
 
 
-FAULT = """
-import os
-import lora_finetune
-
-compute_loss = lora_finetune.ResponseTrainer.compute_loss
-
-def fails(self, *args, **kwargs):
-    if os.environ["RANK"] == "1" and self.state.global_step == 1:
-        raise SystemExit("error: the second process has had enough")
-    return compute_loss(self, *args, **kwargs)
-
-lora_finetune.ResponseTrainer.compute_loss = fails
-lora_finetune.main()
-"""
-
-
-def test_an_error_in_the_second_process_ends_both(tiny, tmp_path):
-    data, val = write_jsonl(tmp_path / "d.jsonl", 19), write_jsonl(tmp_path / "v.jsonl", 5)
-    (tmp_path / "faulty.py").write_text(FAULT)
-    flags = run_flags(tiny, data, val, tmp_path / "out")
-    done = two_processes(tmp_path / "faulty.py", *flags, "--batch-size", "2")
+@pytest.mark.parametrize(
+    "data, disturbed, says",
+    [
+        ("d.jsonl", HAD_ENOUGH, "had enough"),
+        ("no.jsonl", "time.sleep(not second)", "no.jsonl"),
+    ],
+    ids=["in the second process alone", "in both, the first late"],
+)
+def test_an_error_ends_both_processes_and_is_told_once(tiny, tmp_path, data, disturbed, says):
+    write_jsonl(tmp_path / "d.jsonl", 19)
+    paths = tmp_path / data, tmp_path / "d.jsonl", tmp_path / "out"
+    done = two_processes(tmp_path, *run_flags(tiny, *paths), disturbed=disturbed)
     assert done.returncode != 0
-    assert done.stderr.count("the second process has had enough") == 1
-    assert "saved " not in done.stdout
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert says in told and "saved " not in done.stdout
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
-
-
-LATE = """
-import os, time
-import lora_finetune
-time.sleep(os.environ["RANK"] == "0")
-lora_finetune.main()
-"""
-
-
-def test_a_mistake_is_told_once_by_two_processes_even_if_the_first_is_late(tiny, tmp_path):
-    flags = run_flags(tiny, tmp_path / "nowhere.jsonl", tmp_path / "v.jsonl", tmp_path / "out")
-    (tmp_path / "late.py").write_text(LATE)
-    done = two_processes(tmp_path / "late.py", *flags, "--batch-size", "2")
-    assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(told) == 1 and "nowhere.jsonl" in told[0]
-    assert not (tmp_path / "out").exists()
