@@ -3,53 +3,40 @@
 import contextlib
 import gc
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-from functools import partial
+from datetime import datetime
 from pathlib import Path
 
-import offline_model
 import peft
 import pytest
 import torch
+import transformers
 from conftest import ROOT, largest_file, without_privileges
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaTokenizer,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
 
 import lora_finetune as lf
 
+torch.set_num_threads(1)  # models this small are no faster with more
+
 END_OF_TURN = {"zephyr": "</s>", "chatml": "<|im_end|>", "llama3": "<|eot_id|>", "none": "</s>"}
-CONTROL_TOKENS = [
-    "</s>",
-    "<s>",
-    "<unk>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-]
+CONTROL_TOKENS = """</s> <s> <unk> <|user|> <|assistant|> <|im_start|> <|im_end|> <|eot_id|>
+<|start_header_id|> <|end_header_id|>""".split()
 RECORDS = [
     {"instruction": "What is a Pod?", "input": "", "output": "The smallest deployable unit."},
     {"instruction": "Name  it", "input": "kubectl get pods -A", "output": "lists\n\n  all Pods"},
@@ -84,6 +71,11 @@ def read_log(folder):
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
+def logged(folder, key):
+    """What the log says of this key, step by step."""
+    return [entry[key] for entry in read_log(folder) if key in entry]
+
+
 def flags(model, data, output, *more):
     fast = ["--no-load-in-4bit"] * ("--load-in-4bit" not in more)
     paths = ["--model", model, "--dataset", data, "--output", output, *fast, *more]
@@ -95,18 +87,17 @@ def adapter(folder):
 
 
 def snapshot(folder):
-    """Each file under a folder with its content and its time."""
+    """Each file under a folder with its content and its time; a lock file may come and go."""
     return {
-        path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
-        for path in [Path(folder), *Path(folder).rglob("*")]
+        path: path.is_file() and (path.stat().st_mtime_ns, path.read_bytes())
+        for path in Path(folder).rglob("*")
+        if path.name != ".lock"
     }
 
 
-def same_weights(one, other, tolerance):
-    one, other = (load_file(Path(folder, "adapter_model.safetensors")) for folder in (one, other))
-    assert one.keys() == other.keys()
-    for name, weight in one.items():
-        assert (weight - other[name]).norm() <= tolerance * weight.norm(), name
+def files(folder):
+    """Names of the files under a folder, but for a lock's."""
+    return sorted(path.name for path, content in snapshot(folder).items() if content)
 
 
 def error_line(arguments, capsys):
@@ -121,6 +112,36 @@ def error_line(arguments, capsys):
         line = caught.value.code
     assert isinstance(line, str) and line.startswith("error: ") and "\n" not in line, line
     return line
+
+
+class Bomb:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def watch(patch, batch=lambda ids: None, step=lambda number, weights: None):
+    """Call batch(ids) for each micro-batch that is trained on, step(number, weights) at each step.
+
+    These two any loop must do: look ids up in the embedding table, have AdamW step. What batch
+    returns multiplies the embeddings; it may also raise.
+    """
+    embed, advance, numbers = torch.nn.Embedding.forward, torch.optim.AdamW.step, itertools.count(1)
+
+    def embedding(self, ids):
+        factor = batch(ids) if torch.is_grad_enabled() else None
+        return embed(self, ids) if factor is None else embed(self, ids) * factor
+
+    def adamw(self, *args, **kwargs):
+        step(next(numbers), self.param_groups[0]["params"])
+        return advance(self, *args, **kwargs)
+
+    patch.setattr(torch.nn.Embedding, "forward", embedding)
+    patch.setattr(torch.optim.AdamW, "step", adamw)
 
 
 @pytest.fixture(scope="module")
@@ -166,44 +187,29 @@ def encoded(folder, record, max_length=4096):
 def test_labels_equal_a_brute_force_computation(tiny_models, template, record):
     record = {name: value.strip() for name, value in record.items()}
     folder = tiny_models(template=template)
-    row = encoded(folder, record)
-    ids, labels = brute_force(AutoTokenizer.from_pretrained(folder), template, record)
-    assert row["input_ids"] == ids
-    assert row["labels"] == labels
-    assert row["length"] == len(ids)
-
-
-@pytest.mark.parametrize("template", END_OF_TURN)
-def test_what_is_trained_reads_answer_and_end_of_turn_and_nothing_else(tiny_models, template):
-    folder = tiny_models(template=template)
-    row = encoded(folder, RECORDS[0])
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    row, tokenizer = encoded(folder, record), AutoTokenizer.from_pretrained(folder)
+    ids, labels = brute_force(tokenizer, template, record)
+    assert (row["input_ids"], row["labels"], row["length"]) == (ids, labels, len(ids))
     trained = [id for id in row["labels"] if id != -100]
-    assert tokenizer.decode(trained) == RECORDS[0]["output"] + END_OF_TURN[template]
     assert trained[-1] == tokenizer.convert_tokens_to_ids(END_OF_TURN[template])
-    assert row["input_ids"][-len(trained) :] == trained
+    if record == RECORDS[0]:
+        assert tokenizer.decode(trained) == record["output"] + END_OF_TURN[template]
 
 
 @pytest.mark.parametrize("template", END_OF_TURN)
-def test_a_cut_row_trains_no_end_token(tiny_models, template):
+def test_only_a_row_that_fits_trains_its_end_token(tiny_models, template):
     folder = tiny_models(template=template)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN[template])
     whole = encoded(folder, ROWS[5])
-    assert whole["labels"].count(end) == 1
-    for length in range(1, len(whole["input_ids"])):
+    size = len(whole["input_ids"])
+    assert whole["labels"].count(end) == 1 and whole["length"] == size
+    for length in range(1, size + 1):
         row = encoded(folder, ROWS[5], length)
-        assert end not in row["labels"]
-        assert row["input_ids"] == whole["input_ids"][:length]
-        assert row["labels"] == whole["labels"][:length]
-        assert row["length"] == len(whole["input_ids"])
-
-
-@pytest.mark.parametrize("template", END_OF_TURN)
-def test_a_row_that_just_fits_trains_its_end_token(tiny_models, template):
-    folder = tiny_models(template=template)
-    whole = encoded(folder, ROWS[5])
-    assert encoded(folder, ROWS[5], len(whole["input_ids"]))["labels"] == whole["labels"]
+        assert row["labels"].count(end) == (length == size)
+        for key in "input_ids", "labels":
+            assert row[key] == whole[key][:length]
+        assert row["length"] == size
 
 
 @pytest.mark.parametrize("template", END_OF_TURN)
@@ -256,20 +262,59 @@ def test_control_tokens_typed_in_a_record_stay_text(
     assert tokenizer.decode(trained) == output + END_OF_TURN[template]
 
 
+THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and loop.last %}<think>
+
+</think>
+
+{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+DATED = "{{ '<s>Today is ' + strftime_now('%d %b %Y') + '\n' }}"
+
+
+def with_template(folder, source, change):
+    """Copy a model folder, with its chat template changed."""
+    shutil.copytree(source, folder)
+    template = Path(folder, "chat_template.jinja")
+    template.write_text(change(template.read_text()))
+    return folder
+
+
+def test_a_thinking_template_trains_after_the_empty_thoughts(tiny_models, tmp_path):
+    folder = with_template(tmp_path / "model", tiny_models(template="chatml"), lambda _: THINKING)
+    row, tokenizer = encoded(folder, RECORDS[0]), AutoTokenizer.from_pretrained(folder)
+    trained = [id for id in row["labels"] if id != -100]
+    assert tokenizer.decode(trained) == RECORDS[0]["output"] + "<|im_end|>"
+    prefix = tokenizer.decode(row["input_ids"][: -len(trained)])
+    assert prefix.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    head, tail, *_ = lf.chat_frame(tokenizer)  # what evaluate.py prompts with
+    assert head + RECORDS[0]["instruction"] + tail == prefix
+
+
+def test_a_template_that_tells_the_date_tells_one_that_stays(tiny_models, data, tmp_path):
+    source = tiny_models(template="llama3")
+    folder = with_template(tmp_path / "model", source, lambda text: DATED + text)
+    row, tokenizer = encoded(folder, RECORDS[0]), AutoTokenizer.from_pretrained(folder)
+    read = tokenizer.decode(row["input_ids"])
+    assert re.match(r"<s>Today is \d\d \w{3} \d{4}\n", read)
+    assert datetime.now().strftime("%Y") not in read.splitlines()[0]
+    lf.main(flags(folder, data, tmp_path / "out", "--max-steps", 1))
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert read.startswith(chat_text(saved, "llama3", RECORDS[0])[0])
+
+
 # one optimizer step ------------------------------------------------------------------------------
 
 
-def reference_model(folder, nf4):
+def reference_model(folder, nf4=False):
     """The base alone, float32, plain attention, as its library computes it."""
-    config = BitsAndBytesConfig(
+    config = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        quantization_config=config if nf4 else None,
-    )
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    options |= {"quantization_config": config} if nf4 else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -285,189 +330,130 @@ def reference_nll(model, tokenizer, template, record, max_length=10**9):
     return torch.stack(picked).sum(), len(picked)
 
 
-@pytest.fixture(scope="module")
-def reference_steps(tiny_models):
-    """A function (template, rows, nf4, weights) -> (loss, gradients) of one step by hand."""
-    made = {}
-
-    def step(folder, template, rows, nf4, weights):
-        key = folder, len(rows), nf4
-        if key not in made:
-            model = peft.get_peft_model(
-                reference_model(folder, nf4),
-                peft.LoraConfig(
-                    r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
-                ),
-            )
-            peft.set_peft_model_state_dict(model, weights)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            parts = [reference_nll(model, tokenizer, template, row) for row in rows]
-            loss = sum(nll for nll, _ in parts) / sum(count for _, count in parts)
-            loss.backward()
-            gradients = {
-                name: weight.grad.clone()
-                for name, weight in model.named_parameters()
-                if weight.requires_grad
-            }
-            made[key] = loss.item(), gradients
-        return made[key]
-
-    return step
+def trainable(model):
+    return [weight for weight in model.parameters() if weight.requires_grad]
 
 
-def one_step(monkeypatch, arguments):
-    """Run one optimizer step; returns its loss, its gradients and the adapter it began with."""
-    losses, gradients, weights = [], {}, {}
-    put_adapter, compute_loss = lf.put_adapter, lf.ResponseTrainer.compute_loss
+def reference_step(folder, rows, nf4, weights):
+    """(loss, gradients) of one step by hand, with the adapter's weights given."""
+    lora = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", **lora)
+    model = peft.get_peft_model(reference_model(folder, nf4), lora)
+    for weight, value in zip(trainable(model), weights, strict=True):
+        weight.data.copy_(value)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    parts = [reference_nll(model, tokenizer, "zephyr", row) for row in rows]
+    loss = sum(nll for nll, _ in parts) / sum(count for _, count in parts)
+    loss.backward()
+    return loss.item(), [weight.grad for weight in trainable(model)]
 
-    def put(*args, **kwargs):
-        model = put_adapter(*args, **kwargs)
-        generator = torch.Generator().manual_seed(3)
+
+def assert_one_step_equals_reference(folder, rows, out, *more, tolerance=1e-5):
+    """Run one optimizer step; its loss and its clipped gradients must be the reference's."""
+    data, weights, gradients = write_jsonl(f"{out}.jsonl", rows), [], []
+
+    def adapted(*args, make=peft.get_peft_model, **kwargs):
+        model, generator = make(*args, **kwargs), torch.Generator().manual_seed(3)
         for name, weight in model.named_parameters():
             if "lora_B" in name:  # zero in a fresh adapter, and then lora_A has no gradient
                 weight.data = 0.05 * torch.randn(weight.shape, generator=generator)
-        state = peft.get_peft_model_state_dict(model)
-        weights.update({name: weight.detach().clone() for name, weight in state.items()})
+        weights.extend(weight.detach().clone() for weight in trainable(model))
         return model
 
-    def compute(*args, **kwargs):
-        loss = compute_loss(*args, **kwargs)
-        losses.append(loss.item())
-        return loss
+    def keep(number, trained):
+        gradients.extend(weight.grad.clone() for weight in trained)
 
-    def catch(self, args, state, control, model=None, **kwargs):
-        for name, weight in model.named_parameters():
-            if weight.requires_grad:
-                gradients[name] = weight.grad.detach().clone()
-
-    monkeypatch.setattr(lf, "put_adapter", put)
-    monkeypatch.setattr(lf, "MAX_GRAD_NORM", 1e9)
-    monkeypatch.setattr(lf.ResponseTrainer, "compute_loss", compute)
-    monkeypatch.setattr(lf.TrainingLog, "on_pre_optimizer_step", catch, raising=False)
-    one = ["--max-steps", 1, "--warmup-ratio", 0, "--lora-dropout", 0]
-    lf.main([str(part) for part in [*arguments, *one, "--lora-r", 8, "--lora-alpha", 16]])
-    return losses, gradients, weights
-
-
-def assert_equals_reference(losses, gradients, reference):
-    loss, expected = reference
-    assert sum(losses) == pytest.approx(loss, rel=1e-5)
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        assert expected[name].norm() > 0
-        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peft, "get_peft_model", adapted)
+        watch(patch, step=keep)
+        one = ["--max-steps", 1, "--warmup-ratio", 0, "--lora-dropout", 0, "--lora-r", 8]
+        lf.main(flags(folder, data, out, *one, "--lora-alpha", 16, *more))
+    rows = [{key: text.strip() for key, text in row.items()} for row in rows]
+    loss, expected = reference_step(folder, rows, "--load-in-4bit" in more, weights)
+    assert logged(out, "loss") == [pytest.approx(loss, rel=1e-5)]
+    norm = torch.nn.utils.get_total_norm(expected).item()
+    assert logged(out, "grad_norm") == [pytest.approx(norm, rel=tolerance)]
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert wanted.norm() > 0
+        wanted = wanted * min(1, 1 / norm)
+        assert (gradient - wanted).norm() <= tolerance * wanted.norm()
+    return norm
 
 
-@pytest.mark.parametrize("batch, accumulation", [(4, 4), (8, 2), (16, 1), (1, 16)])
-@pytest.mark.parametrize(
-    "precision, count",
-    [("--no-load-in-4bit", 16), ("--load-in-4bit", 16), ("--no-load-in-4bit", 7)],
-)
-def test_one_step_equals_a_reference_by_hand(
-    tiny, tmp_path, monkeypatch, reference_steps, batch, accumulation, precision, count
-):
-    data = write_jsonl(tmp_path / "rows.jsonl", ROWS[:count])
-    split = ["--batch-size", batch, "--gradient-accumulation-steps", accumulation]
-    losses, gradients, weights = one_step(
-        monkeypatch, flags(tiny, data, tmp_path / "out", precision, *split)
-    )
-    nf4 = precision == "--load-in-4bit"
-    loss, _ = reference = reference_steps(tiny, "zephyr", STRIPPED[:count], nf4, weights)
-    assert len(losses) == 1 if accumulation == 1 else 1 < len(losses) <= accumulation
-    assert read_log(tmp_path / "out")[0]["loss"] == pytest.approx(loss, rel=1e-4)
-    assert_equals_reference(losses, gradients, reference)
+SPLITS = "4 4 16|8 2 16|16 1 16|1 16 16|4 4 7"  # batch size, accumulation, rows
+
+
+@pytest.mark.parametrize("split", SPLITS.split("|"))
+@pytest.mark.parametrize("precision", ["--no-load-in-4bit", "--load-in-4bit"])
+def test_one_step_equals_a_reference_by_hand(tiny, tmp_path, precision, split):
+    batch, accumulation, count = split.split()
+    more = ["--batch-size", batch, "--gradient-accumulation-steps", accumulation, precision]
+    assert_one_step_equals_reference(tiny, ROWS[: int(count)], tmp_path / "out", *more)
+
+
+MODELS = {  # heads twenty times larger than at random, so that a softcap or a scale matters
+    "llama": {},
+    "phi": {},
+    "qwen2": {"num_key_value_heads": 2},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 2.0},
+    "granite": {"num_key_value_heads": 2, "logits_scaling": 3.0},
+    "cohere": {"num_key_value_heads": 2, "logit_scale": 0.3},
+}
+
+
+def write_model(folder, source, kind):
+    """Write a tiny random model of that kind, with the tokenizer of another one."""
+    shutil.copytree(source, folder)
+    shape = AutoConfig.from_pretrained(folder).to_dict()
+    keys = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    max_position_embeddings bos_token_id eos_token_id""".split()
+    shape = {key: shape[key] for key in keys} | MODELS[kind]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **shape, tie_word_embeddings=False, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.get_output_embeddings().weight.data *= 20
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("switch", ["--gradient-checkpointing", "--no-gradient-checkpointing"])
-@pytest.mark.parametrize("architecture, template", [("phi", "none"), ("llama", "llama3")])
-def test_one_step_equals_a_reference_for_other_models(
-    tiny_models, tmp_path, monkeypatch, reference_steps, architecture, template, switch
-):
-    folder = tiny_models(architecture, template)
-    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    losses, gradients, weights = one_step(
-        monkeypatch, flags(folder, data, tmp_path / "out", switch)
-    )
-    reference = reference_steps(folder, template, STRIPPED, False, weights)
-    assert_equals_reference(losses, gradients, reference)
+@pytest.mark.parametrize("kind", MODELS)
+def test_one_step_equals_a_reference_for_other_models(tiny, tmp_path, kind, switch):
+    folder = write_model(tmp_path / "model", tiny, kind)
+    norm = assert_one_step_equals_reference(folder, ROWS[:6], tmp_path / "out", switch)
+    assert norm > 1  # so that it was clipped
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_embedding_table_leaves_the_model_unless_the_head_needs_it(tmp_path, tied):
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        tie_word_embeddings=tied,
-    )
-    plain = AutoModelForCausalLM.from_config(config).eval()
-    plain.save_pretrained(tmp_path)
-    model = lf.load_base(str(tmp_path), "cpu", "fp32", load_in_4bit=False).eval()
-    names = dict(model.named_parameters())
-    assert ("model.embed_tokens.weight" in names) == tied
-    ids = torch.arange(12).view(2, 6)
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, plain(ids).logits)
+def test_no_micro_batch_takes_more_room_than_batch_size_of_the_longest(tiny, tmp_path, monkeypatch):
+    data, shapes = write_jsonl(tmp_path / "rows.jsonl", ROWS), []
+    watch(monkeypatch, batch=lambda ids: shapes.append(ids.shape))
+    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 1))
+    longest = max(length for _, length in shapes)
+    assert sum(rows for rows, _ in shapes) == 16
+    assert max(rows for rows, _ in shapes) > 4
+    assert all(rows * length <= 4 * longest for rows, length in shapes)
+    weights = load_file(tmp_path / "out/adapter_model.safetensors")  # warmup leaves the one step
+    assert all(weight.any() for weight in weights.values())
 
 
-def test_the_scales_of_nf4_are_decoded_once_and_the_model_stays_the_same(tiny):
-    plain = reference_model(tiny, nf4=True)
-    model = lf.load_base(str(tiny), "cpu", "fp32", load_in_4bit=True)
-    model.set_attn_implementation("eager")  # as the reference
-    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
-    assert layers and not any(layer.weight.quant_state.nested for layer in layers)
-    ids = torch.arange(12).view(2, 6)
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, plain(ids).logits)
+@pytest.mark.parametrize("more", [[], ["--group-by-length"]])
+def test_each_epoch_takes_each_row_once_in_an_order_of_its_own(tiny, tmp_path, monkeypatch, more):
+    data, steps = write_jsonl(tmp_path / "rows.jsonl", ROWS[:15]), [set()]
+    end = AutoTokenizer.from_pretrained(tiny).eos_token_id
 
+    def batch(ids):
+        for row in ids.tolist():
+            while row[-2:] == [end, end]:  # padding
+                row.pop()
+            steps[-1].add(tuple(row))
 
-@pytest.mark.parametrize("precision", ["--no-load-in-4bit", "--load-in-4bit"])
-def test_compiled_layers_share_one_graph_and_the_step_equals_the_reference(
-    tmp_path, monkeypatch, reference_steps, precision
-):
-    folder = str(tmp_path / "model")
-    offline_model.write_tiny(folder, layers=4)
-    compile_with = partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr(torch, "compile", compile_with)  # the same graphs, without a C++ compiler
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    losses, gradients, weights = one_step(
-        monkeypatch, flags(folder, data, tmp_path / "out", "--compile", precision)
-    )
-    # the first layer's input takes no gradient, so it has one of its own
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-    assert not torch._dynamo.utils.counters["graph_break"]
-    reference = reference_steps(folder, "zephyr", STRIPPED, precision == "--load-in-4bit", weights)
-    assert_equals_reference(losses, gradients, reference)
-
-
-def test_compiled_layers_drop_the_same_values_as_others(tiny, data, tmp_path, monkeypatch):
-    torch._dynamo.reset()
-    # the default backend has a dropout of its own, which must not be used
-    backend = "inductor" if shutil.which("g++") else "aot_eager"
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    for name, compiled in ("plain", []), ("compiled", ["--compile"]):
-        lf.main(flags(tiny, data, tmp_path / name, "--lora-dropout", "0.5", *compiled))
-    plain, compiled = (
-        [entry["loss"] for entry in read_log(tmp_path / name) if "loss" in entry]
-        for name in ("plain", "compiled")
-    )
-    assert len(plain) > 1 and compiled == pytest.approx(plain, rel=1e-5)
-
-
-def test_compiling_without_a_compiler_ends_in_one_line(tiny, data, tmp_path, monkeypatch):
-    import torch._inductor.config as inductor
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "/no/such/compiler"))
-    monkeypatch.setattr(inductor, "force_disable_caches", True)
-    with pytest.raises(SystemExit) as end:
-        lf.main(flags(tiny, data, tmp_path / "out", "--compile"))
-    assert end.value.code.startswith("error: --compile does not work here (")
-    assert "\n" not in end.value.code and "leave it out" in end.value.code
+    watch(monkeypatch, batch, lambda number, weights: steps.append(set()))
+    more = [*more, "--epochs", 2, "--batch-size", 2, "--gradient-accumulation-steps", 2]
+    for seed in 1, 7:
+        lf.main(flags(tiny, data, tmp_path / f"out{seed}", *more, "--seed", seed))
+    epochs = [steps[start : start + 4] for start in range(0, 16, 4)]
+    assert all(len(set.union(*epoch)) == sum(map(len, epoch)) == 15 for epoch in epochs)
+    assert all(epoch not in epochs[:i] for i, epoch in enumerate(epochs))
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -479,53 +465,10 @@ def test_the_saved_tokenizer_splits_as_the_one_of_training(tiny, data, tmp_path,
     tokenizer.init_kwargs["legacy"] = legacy
     folder = shutil.copytree(tiny, tmp_path / "model")
     tokenizer.save_pretrained(folder)
-    lf.main(flags(folder, data, tmp_path / "out"))
+    lf.main(flags(folder, data, tmp_path / "out", "--max-steps", 1))
     text = "<s> a</s>\n a</s>a"
     saved = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert AutoTokenizer.from_pretrained(folder)(text) == tokenizer(text) == saved(text)
-
-
-def test_a_folder_that_another_process_writes_to_is_left_alone(tiny, data, tmp_path):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    mark = folder / lf.PID
-    mark.write_text(str(other.pid))
-    os.utime(mark, (time.time() + 1, time.time() + 1))
-    with pytest.raises(SystemExit) as end:
-        lf.main(flags(tiny, data, folder))
-    assert end.value.code.startswith(f"error: process {other.pid} is writing to {folder}; ")
-    assert list(folder.iterdir()) == [mark]
-    os.utime(mark, (1, 1))  # older than that process: its number was given anew
-    lf.main(flags(tiny, data, folder))
-    mark.write_text(str(other.pid))
-    other.kill()
-    time.sleep(0.1)  # a zombie by then
-    lf.main(flags(tiny, data, folder, "--overwrite"))
-    assert not mark.exists()
-    other.wait()
-
-
-def test_gradients_are_clipped_to_norm_one(tiny, tmp_path, monkeypatch):
-    norms = []
-
-    def catch(self, args, state, control, model=None, **kwargs):
-        weights = [weight.grad for weight in model.parameters() if weight.requires_grad]
-        norms.append(torch.nn.utils.get_total_norm(weights).item())
-
-    monkeypatch.setattr(lf.TrainingLog, "on_pre_optimizer_step", catch, raising=False)
-    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    more = ["--max-steps", 2, "--lora-alpha", 20000]
-    lf.main(flags(tiny, data, tmp_path / "out", *more))
-    logged = [entry["grad_norm"] for entry in read_log(tmp_path / "out")]
-    assert len(norms) == 2 and min(logged) > 2
-    assert norms == pytest.approx([1, 1], abs=1e-4)
-
-
-def test_a_single_step_with_the_default_warmup_learns(tiny, data, tmp_path):
-    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 1))
-    weights = load_file(tmp_path / "out/adapter_model.safetensors")
-    assert all(weight.any() for weight in weights.values())
 
 
 # stopping and going on ---------------------------------------------------------------------------
@@ -541,24 +484,30 @@ def undisturbed(tiny, data, tmp_path_factory):
     return folder
 
 
-def stop_at(monkeypatch, step, signum=signal.SIGTERM):
-    """Have the signal come at the end of this step."""
-    on_step_end = lf.TrainingLog.on_step_end
+def stopped(arguments, steps, signum=signal.SIGTERM):
+    """Run main, with the signal amid the last of so many steps; returns what it says at the end."""
 
-    def stopping(self, args, state, control, **kwargs):
-        if state.global_step == step:
+    step = [1]
+
+    def stop(ids):
+        if step[-1] == steps and not step.append(math.inf):  # once
             assert signal.getsignal(signum) not in (signal.SIG_DFL, signal.default_int_handler)
             signal.raise_signal(signum)
-        return on_step_end(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(lf.TrainingLog, "on_step_end", stopping)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
+        watch(patch, stop, lambda number, weights: step.append(number + 1))
+        lf.main([str(part) for part in arguments])
+    assert " of 12" in caught.value.code and "--resume" in caught.value.code
+    return caught.value.code
 
 
-def stopped(monkeypatch, arguments, step, signum=signal.SIGTERM):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-        stop_at(patch, step, signum)
-        lf.main(arguments)
-    assert f"step {step} of 12" in caught.value.code and "--resume" in caught.value.code
+def resumed(arguments):
+    """Go on with a stopped run; returns the number of steps that were made."""
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        watch(patch, step=lambda number, weights: made.append(number))
+        lf.main([*map(str, arguments), "--resume"])
+    return len(made)
 
 
 def comparable(folder):
@@ -569,75 +518,52 @@ def comparable(folder):
 def assert_same_run(folder, other):
     assert adapter(folder) == adapter(other)
     assert comparable(folder) == comparable(other)
-    steps = [entry["step"] for entry in read_log(folder) if "loss" in entry]
-    assert steps == list(range(1, len(steps) + 1))
-    assert not list(Path(folder).glob("checkpoint-*"))
+    assert files(folder) == files(other)
+    assert not list(Path(folder).glob("checkpoint*"))
 
 
-@pytest.mark.parametrize("step, signum", [(1, signal.SIGINT), (5, signal.SIGTERM)])
+@pytest.mark.parametrize("steps, signum", [(1, signal.SIGINT), (5, signal.SIGTERM)])
 def test_a_stopped_run_resumed_equals_one_undisturbed(
-    tiny, data, undisturbed, tmp_path, monkeypatch, signum, step
+    tiny, data, undisturbed, tmp_path, steps, signum
 ):
     arguments = flags(tiny, data, tmp_path / "out", *RUN, "--val-data", data)
     before = signal.getsignal(signum)
-    stopped(monkeypatch, arguments, step, signum)
+    assert f"step {steps} of 12" in stopped(arguments, steps, signum)
     assert signal.getsignal(signum) == before
     assert not (tmp_path / "out/adapter_model.safetensors").exists()
-    lf.main([*arguments, "--resume"])
+    assert resumed(arguments) == 12 - steps
     assert_same_run(tmp_path / "out", undisturbed)
+    assert logged(tmp_path / "out", "step") == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 12]
 
 
-def test_a_run_stopped_twice_equals_one_undisturbed(tiny, data, undisturbed, tmp_path, monkeypatch):
-    arguments = flags(tiny, data, tmp_path / "out", *RUN, "--val-data", data)
-    stopped(monkeypatch, arguments, 3)
-    stopped(monkeypatch, [*arguments, "--resume"], 8)
-    lf.main([*arguments, "--resume"])
-    assert_same_run(tmp_path / "out", undisturbed)
+def test_a_run_stopped_twice_between_log_lines_leaves_the_same_log(tiny, data, tmp_path):
+    more = [*RUN, "--logging-steps", 5]
+    lf.main(flags(tiny, data, tmp_path / "undisturbed", *more))
+    arguments = flags(tiny, data, tmp_path / "out", *more)
+    stopped(arguments, 3)
+    assert "step 8 of 12" in stopped([*arguments, "--resume"], 5)
+    assert resumed(arguments) == 4
+    assert logged(tmp_path / "out", "step") == [5, 10, 12]
+    assert_same_run(tmp_path / "out", tmp_path / "undisturbed")
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(
-    tiny, data, undisturbed, tmp_path
+    tiny, data, undisturbed, tmp_path, capsys
 ):
-    lf.main(flags(tiny, data, tmp_path / "same", *RUN, "--val-data", data))
+    arguments = flags(tiny, data, tmp_path / "same", *RUN, "--val-data", data)
+    assert resumed(arguments) == 12
+    assert re.search(r"^resume .*starting at step 1$", capsys.readouterr().out, re.MULTILINE)
     assert_same_run(tmp_path / "same", undisturbed)
     lf.main(flags(tiny, data, tmp_path / "other", *RUN, "--seed", 7))
     assert adapter(tmp_path / "other") != adapter(undisturbed)
 
 
-def test_resume_without_a_checkpoint_begins_at_the_start(tiny, data, undisturbed, tmp_path):
-    arguments = flags(tiny, data, tmp_path / "out", *RUN, "--val-data", data)
-    lf.main([*arguments, "--resume"])
-    assert_same_run(tmp_path / "out", undisturbed)
-
-
-@pytest.fixture(scope="module")
-def stopped_at_six(tiny, data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("six") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        stopped(patch, flags(tiny, data, folder, *RUN, "--val-data", data), 6)
-    return folder
-
-
-@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors", "seal.json"])
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
-def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(
-    tiny, data, undisturbed, stopped_at_six, tmp_path, name, damage
-):
-    shutil.copytree(stopped_at_six, tmp_path / "out")
-    checkpoints = sorted((tmp_path / "out").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
-    assert len(checkpoints) == 2
-    assert lf.find_checkpoint(tmp_path / "out", {}) == checkpoints[-1]
-    path = checkpoints[-1] / name
-    content = path.read_bytes()
-    half = len(content) // 2
-    flipped = content[:half] + bytes([content[half] ^ 255]) + content[half + 1 :]
-    path.write_bytes({"truncated": content[:half], "flipped": flipped, "gone": b""}[damage])
-    if damage == "gone":
-        path.unlink()
-    assert lf.find_checkpoint(tmp_path / "out", {}) == checkpoints[-2]
-    if (name, damage) == ("adapter_model.safetensors", "truncated"):
-        lf.main(flags(tiny, data, tmp_path / "out", *RUN, "--val-data", data, "--resume"))
-        assert_same_run(tmp_path / "out", undisturbed)
+def write_in_halves(path, content):
+    with open(path, "wb") as file:
+        for half in content[: len(content) // 2], content[len(content) // 2 :]:
+            file.write(half)
+            file.flush()
+            time.sleep(0.02)
 
 
 def run_forked(arguments, says):
@@ -645,6 +571,7 @@ def run_forked(arguments, says):
     torch.set_num_threads(1)
     gc.freeze()  # else each collection goes through all that was imported
     lf.tqdm.set_lock(threading.RLock())  # its own is a semaphore, which outlives a kill
+    Path.write_bytes = write_in_halves
     sys.stdout = sys.stderr = open(says, "w", buffering=1)
     lf.main(arguments)
 
@@ -656,38 +583,54 @@ def wait_for(words, says, process):
     return time.monotonic()
 
 
-def test_twenty_kills_at_random_moments_lose_nothing(tiny, data, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the server that forks must have no threads
-    server = multiprocessing.get_context("forkserver")
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    """A function (arguments) -> (a new process that runs main with them, file of what it says)."""
+    server, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("forked")
     server.set_forkserver_preload(["test_lora_finetune"])
-    says = tmp_path / "says"
-    long = ["--max-steps", 40, "--batch-size", 2, "--gradient-accumulation-steps", 2]
-    first, last = "time left", "\n    40 "  # said before the first step, and after the last one
 
-    def start(folder):
+    def start(arguments):
+        says = folder / "says"
         says.write_text("")
-        arguments = flags(tiny, data, folder, *long, "--val-data", data, "--resume")
         process = server.Process(target=run_forked, args=(arguments, says))
-        process.start()
-        return process
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+            patch.setenv("OMP_NUM_THREADS", "1")  # the server that forks must have no threads
+            process.start()
+        return process, says
 
-    process = start(tmp_path / "undisturbed")
-    began, trained = (wait_for(words, says, process) for words in (first, last))
+    return start
+
+
+BEGUN, TRAINED = "time left", "\n    20 "  # said before the first step, and after the last one
+LONG = ["--max-steps", 20, "--batch-size", 2, "--gradient-accumulation-steps", 2]
+
+
+def test_twenty_kills_at_random_moments_lose_nothing(tiny, data, tmp_path, forked):
+    def start(folder):
+        return forked(flags(tiny, data, folder, *LONG, "--val-data", data, "--resume"))
+
+    process, says = start(tmp_path / "undisturbed")
+    began, trained = (wait_for(words, says, process) for words in (BEGUN, TRAINED))
     process.join()
     assert process.exitcode == 0, says.read_text(encoding="utf-8")
-    spans = {first: (trained - began) / 3, last: time.monotonic() - trained}
+    spans = {BEGUN: (trained - began) / 3, TRAINED: time.monotonic() - trained}
 
     seed, kills = random.randrange(10**6), int(os.environ.get("KILLS", 20))
     print("seed of the moments:", seed)
     moments, out = random.Random(seed), tmp_path / "out"
     while kills:
         shutil.rmtree(out, ignore_errors=True)
-        while not (out / "adapter_model.safetensors").exists() or list(out.glob("checkpoint-*")):
-            words = moments.choice([first, first, last])
-            process = start(out)
+        while not (out / "adapter_model.safetensors").exists() or list(out.glob("checkpoint*")):
+            words = moments.choice([BEGUN, BEGUN, TRAINED])
+            process, says = start(out)
             wait_for(words, says, process)
-            process.join(moments.uniform(0, spans[words]))
+            if kills % 4 == 0 and words == BEGUN:  # just as a checkpoint is written
+                while process.is_alive() and not (out / "checkpoint.new").exists():
+                    time.sleep(0.001)
+                process.join(moments.uniform(0, 0.03))
+            else:
+                process.join(moments.uniform(0, spans[words]))
             killed = kills > 0 and process.is_alive()
             if killed:
                 signum = moments.choice([signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT])
@@ -697,148 +640,127 @@ def test_twenty_kills_at_random_moments_lose_nothing(tiny, data, tmp_path, monke
             process.join()
             assert killed or process.exitcode == 0, says.read_text(encoding="utf-8")
         assert_same_run(out, tmp_path / "undisturbed")
-        assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "undisturbed"))
+
+
+def test_a_second_run_on_one_folder_is_refused_and_does_not_disturb_the_first(
+    tiny, data, undisturbed, tmp_path, capsys, forked
+):
+    arguments = flags(tiny, data, tmp_path / "out", *RUN, "--val-data", data)
+    first, says = forked(arguments)
+    wait_for(BEGUN, says, first)
+    line = error_line([*arguments, "--overwrite"], capsys)
+    assert first.is_alive() and "another run writes to" in line and "--output" in line
+    first.join()
+    assert_same_run(tmp_path / "out", undisturbed)
 
 
 # what stands in the output folder ----------------------------------------------------------------
 
-CHANGED = [
-    ["--learning-rate", "1e-3"],
-    ["--lora-r", "4"],
-    ["--lora-alpha", "3"],
-    ["--lora-dropout", "0.5"],
-    ["--target-modules", "k_proj"],
-    ["--max-steps", "13"],
-    ["--epochs", "2"],
-    ["--warmup-ratio", "0.5"],
-    ["--seed", "1"],
-    ["--batch-size", "1"],
-    ["--gradient-accumulation-steps", "3"],
-    ["--max-seq-length", "100"],
-    ["--load-in-4bit"],
-]
+CHANGED = """--learning-rate 1e-3|--lora-r 4|--lora-alpha 3|--lora-dropout 0.5
+--target-modules k_proj|--max-steps 13|--epochs 2|--warmup-ratio 0.5|--seed 1|--batch-size 1
+--gradient-accumulation-steps 3|--max-seq-length 100|--load-in-4bit|--group-by-length
+--model OTHER|--dataset OTHER""".replace("\n", "|").split("|")
 
 
 @pytest.fixture(scope="module")
 def unfinished(tiny, data, tmp_path_factory):
     """Folder of a run that was stopped after step 4."""
     folder = tmp_path_factory.mktemp("unfinished") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        stopped(patch, flags(tiny, data, folder, *RUN), 4)
+    stopped(flags(tiny, data, folder, *RUN), 4)
     return folder
 
 
-@pytest.mark.parametrize("change", CHANGED, ids=lambda change: change[0])
-def test_resume_with_a_changed_option_is_refused_and_nothing_touched(
-    tiny, data, unfinished, capsys, change
+@pytest.mark.parametrize("change", CHANGED)
+def test_resume_of_another_run_is_refused_and_nothing_touched(
+    tiny, tiny_models, data, unfinished, tmp_path, capsys, change
 ):
+    other = {
+        "--model": tiny_models("llama", "chatml"),
+        "--dataset": write_jsonl(tmp_path / "rows.jsonl", ROWS[:13] + ROWS[14:15]),
+    }
+    flag, *values = change.split()
+    values = [other[flag]] if values == ["OTHER"] else values
     before = snapshot(unfinished)
-    line = error_line(flags(tiny, data, unfinished, *RUN, *change, "--resume"), capsys)
-    assert change[0][2:].replace("-", "_") in line.replace("-", "_")
-    assert "--overwrite" in line
+    line = error_line(flags(tiny, data, unfinished, *RUN, flag, *values, "--resume"), capsys)
+    assert flag[2:].replace("-", "_") in line.replace("-", "_") and "--overwrite" in line
     assert snapshot(unfinished) == before
 
 
-def test_resume_with_changed_data_is_refused_and_nothing_touched(
-    tiny, unfinished, tmp_path, capsys
+@pytest.mark.parametrize(
+    "state, flag", [("unfinished", ""), ("undisturbed", "--resume"), ("undisturbed", "")]
+)
+def test_an_earlier_run_is_not_replaced_without_a_flag(
+    tiny, data, unfinished, undisturbed, capsys, state, flag
 ):
-    before = snapshot(unfinished)
-    other = write_jsonl(tmp_path / "rows.jsonl", ROWS[:13] + ROWS[14:15])
-    line = error_line(flags(tiny, other, unfinished, *RUN, "--resume"), capsys)
-    assert "dataset" in line
-    assert snapshot(unfinished) == before
+    folder, more = {"unfinished": unfinished, "undisturbed": undisturbed}[state], flag.split()
+    before = snapshot(folder)
+    line = error_line(flags(tiny, data, folder, *RUN, *more), capsys)
+    assert "finished run" in line and "--overwrite" in line
+    assert ("--resume" in line) == (state == "unfinished")
+    assert snapshot(folder) == before
 
 
-def test_resume_with_another_model_is_refused_and_nothing_touched(
-    tiny_models, data, unfinished, capsys
+@pytest.mark.parametrize("state", ["unfinished", "undisturbed"])
+def test_overwrite_replaces_an_earlier_run_and_can_be_stopped_and_resumed(
+    tiny, data, undisturbed, unfinished, tmp_path, state
 ):
-    before = snapshot(unfinished)
-    other = tiny_models("llama", "chatml")
-    line = error_line(flags(other, data, unfinished, *RUN, "--resume"), capsys)
-    assert "model" in line
-    assert snapshot(unfinished) == before
-
-
-def test_an_unfinished_run_without_a_flag_is_refused_and_nothing_touched(
-    tiny, data, unfinished, capsys
-):
-    before = snapshot(unfinished)
-    line = error_line(flags(tiny, data, unfinished, *RUN), capsys)
-    assert "--resume" in line and "--overwrite" in line
-    assert snapshot(unfinished) == before
-
-
-@pytest.mark.parametrize("flag", [[], ["--resume"]])
-def test_a_finished_run_without_overwrite_is_refused_and_nothing_touched(
-    tiny, data, undisturbed, capsys, flag
-):
-    before = snapshot(undisturbed)
-    line = error_line(flags(tiny, data, undisturbed, *RUN, *flag), capsys)
-    assert "finished" in line and "--overwrite" in line
-    assert snapshot(undisturbed) == before
-
-
-@pytest.mark.parametrize("state", ["finished", "unfinished"])
-def test_overwrite_replaces_an_earlier_run(tiny, data, undisturbed, unfinished, tmp_path, state):
     folder = tmp_path / "out"
-    shutil.copytree({"finished": undisturbed, "unfinished": unfinished}[state], folder)
-    new = ["--max-steps", 2, "--lora-r", 4]
-    lf.main(flags(tiny, data, folder, *new, "--overwrite"))
+    shutil.copytree({"undisturbed": undisturbed, "unfinished": unfinished}[state], folder)
+    new = [*RUN, "--lora-r", 4]
+    arguments = flags(tiny, data, folder, *new)
+    stopped([*arguments, "--overwrite"], 5)
+    assert logged(folder, "step") == [1, 2, 3, 4, 5]
+    assert not (folder / "adapter_model.safetensors").exists()  # of another run
+    assert resumed(arguments) == 7
     lf.main(flags(tiny, data, tmp_path / "fresh", *new))
     assert_same_run(folder, tmp_path / "fresh")
-    assert len(read_log(folder)) == 2
 
 
-def test_overwriting_a_finished_run_can_itself_be_stopped_and_resumed(
-    tiny, data, undisturbed, tmp_path, monkeypatch
+def test_a_checkpoint_that_was_damaged_is_refused_and_never_unpickled(
+    tiny, data, unfinished, tmp_path, capsys
 ):
-    shutil.copytree(undisturbed, tmp_path / "out")
-    arguments = flags(tiny, data, tmp_path / "out", *RUN, "--lora-r", 4)
-    stopped(monkeypatch, [*arguments, "--overwrite"], 5)
-    assert [entry["step"] for entry in read_log(tmp_path / "out")] == [1, 2, 3, 4, 5]
-    lf.main([*arguments, "--resume"])
-    lf.main(flags(tiny, data, tmp_path / "fresh", *RUN, "--lora-r", 4))
-    assert_same_run(tmp_path / "out", tmp_path / "fresh")
+    folder = shutil.copytree(unfinished, tmp_path / "out")
+    (path,) = folder.glob("checkpoint*")
+    whole = path.read_bytes()
+    for content in whole[: len(whole) // 2], b"", pickle.dumps(Bomb(tmp_path / "exploded")):
+        path.write_bytes(content)
+        line = error_line(flags(tiny, data, folder, *RUN, "--resume"), capsys)
+        assert str(path) in line and "--overwrite" in line
+        assert path.read_bytes() == content and not (tmp_path / "exploded").exists()
 
 
-def test_the_finished_folder_says_what_was_done(tiny, data, undisturbed):
+def test_the_finished_folder_says_what_was_done_and_holds_no_pickle(data, undisturbed):
     config = json.loads((undisturbed / "training_config.json").read_text(encoding="utf-8"))
     assert config["arguments"]["lora_r"] == 16 and config["arguments"]["precision"] == "fp32"
     assert config["data"]["sha256"] == hashlib.sha256(Path(data).read_bytes()).hexdigest()
-    assert config["data"]["rows"] == 14
+    assert config["data"]["rows"] == 14 and config["device"] == "cpu"
     assert config["versions"]["torch"] == torch.__version__
-    names = {path.name for path in undisturbed.iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
-    assert not [name for name in names if name.startswith(".")]
+    assert config["result"]["steps"] == 12
+    assert config["result"]["eval_loss"] == logged(undisturbed, "eval_loss")[-1]
+    promised = "adapter_config.json adapter_model.safetensors tokenizer.json training_log.jsonl"
+    assert set(promised.split()) <= set(files(undisturbed))
+    assert not [name for name in files(undisturbed) if name.startswith(".")]
+    assert not {Path(name).suffix for name in files(undisturbed)} & {".bin", ".pt", ".pkl"}
     assert AutoTokenizer.from_pretrained(undisturbed).chat_template
-
-
-def test_the_adapter_is_not_pickled_and_holds_lora_weights_alone(undisturbed):
-    pickled = {".bin", ".pt", ".pth", ".pkl"}
-    assert not [path for path in undisturbed.rglob("*") if path.suffix in pickled]
     weights = load_file(undisturbed / "adapter_model.safetensors")
     assert len(weights) == 2 * 2 * 2  # layers x modules x (A, B)
-    assert all(
-        "lora_" in name and weight.dtype == torch.float32 for name, weight in weights.items()
-    )
+    for name, weight in weights.items():
+        assert "lora_" in name and weight.dtype == torch.float32
 
 
-# out of memory -----------------------------------------------------------------------------------
+# out of memory and NaN ---------------------------------------------------------------------------
 
 
-def out_of_memory(monkeypatch, tokens, first_step=0, parts_before=0):
-    """Micro-batches of more than so many tokens don't fit; returns the (rows, length) that were tried."""
-    compute_loss, tried = lf.ResponseTrainer.compute_loss, []
+def out_of_memory(patch, tokens, first_step=1, parts_before=0):
+    """Micro-batches of more than so many tokens don't fit; returns the numbers of rows tried."""
+    tried, steps = [], [1]
 
-    def compute(self, model, inputs, *args, **kwargs):
-        tried.append(tuple(inputs["input_ids"].shape))
-        loss = compute_loss(self, model, inputs, *args, **kwargs)
-        late = self.state.global_step >= first_step and len(tried) > parts_before
-        if math.prod(tried[-1]) > tokens and late:
+    def batch(ids):
+        tried.append(len(ids))
+        if ids.numel() > tokens and steps[-1] >= first_step and len(tried) > parts_before:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return loss
 
-    monkeypatch.setattr(lf.ResponseTrainer, "compute_loss", compute)
+    watch(patch, batch, lambda number, weights: steps.append(number + 1))
     return tried
 
 
@@ -849,74 +771,30 @@ def alike(tmp_path):
     return write_jsonl(tmp_path / "alike.jsonl", rows)
 
 
-def row_tokens(tiny, data):
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    row = lf.read_jsonl(data)[0]
-    return len(lf.encode(row, tokenizer, lf.chat_frame(tokenizer), 10**6)["input_ids"])
+@pytest.fixture
+def size(tiny):
+    """Tokens of a row of those."""
+    return len(encoded(tiny, {**ROWS[3], "instruction": "Question 00?"})["input_ids"]) - 1
 
 
-def test_micro_batches_take_each_row_once_within_their_room():
-    lengths = [9, 7, 7, 4, 3, 1, 1]
-    parts = [lengths[part] for part in lf.micro_batches(lengths, 14)]
-    assert parts == [[9], [7, 7], [4, 3, 1], [1]]
-
-
-def test_no_micro_batch_takes_more_room_than_batch_size_of_the_longest_rows(
-    tiny, tmp_path, monkeypatch
-):
-    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    tried = out_of_memory(monkeypatch, 10**9)
-    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 1))
-    longest = max(length for _, length in tried)
-    assert sum(rows for rows, _ in tried) == 16
-    assert max(rows for rows, _ in tried) > 4
-    assert all(rows * length <= 4 * longest for rows, length in tried)
-
-
-@pytest.mark.parametrize("parts_before", [0, 2])
+@pytest.mark.parametrize("dropout, first_step, parts_before", [(0.5, 1, 0), (0.5, 1, 2), (0, 2, 0)])
 def test_out_of_memory_gives_the_run_that_began_with_smaller_batches(
-    tiny, alike, tmp_path, monkeypatch, capsys, parts_before
+    tiny, alike, size, tmp_path, monkeypatch, capsys, dropout, first_step, parts_before
 ):
-    more = ["--max-steps", 3]
+    more = ["--max-steps", 3, "--lora-dropout", dropout]
     began = ["--batch-size", 2, "--gradient-accumulation-steps", 8]
     lf.main(flags(tiny, alike, tmp_path / "began", *more, *began))
-    tokens = row_tokens(tiny, alike)
-    tried = out_of_memory(monkeypatch, 2 * tokens, parts_before=parts_before)
+    tried = out_of_memory(monkeypatch, 2 * size, first_step, parts_before)
     capsys.readouterr()
     lf.main(flags(tiny, alike, tmp_path / "out", *more))
-    assert [rows for rows, _ in tried] == [4] * (parts_before + 1) + [2] * 24
-    assert "out of memory" in capsys.readouterr().out
-    assert_same_run(tmp_path / "out", tmp_path / "began")
-
-
-def test_each_epoch_and_each_seed_has_an_order_of_its_own(tiny, tmp_path, monkeypatch):
-    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    collate, steps = lf.collate, []
-
-    def watch(rows, pad_id):
-        steps.append({tuple(row["input_ids"]) for row in rows})
-        return collate(rows, pad_id)
-
-    monkeypatch.setattr(lf, "collate", watch)
-    more = ["--epochs", 2, "--batch-size", 2, "--gradient-accumulation-steps", 2]
-    for seed in 1, 7:  # the order comes from seed + epoch
-        lf.main(flags(tiny, data, tmp_path / f"out{seed}", *more, "--seed", seed))
-    epochs = [steps[start : start + 4] for start in range(0, 16, 4)]
-    assert all(len(set.union(*epoch)) == 16 for epoch in epochs)
-    assert all(epoch not in epochs[:i] for i, epoch in enumerate(epochs))
-
-
-def test_out_of_memory_in_the_middle_keeps_the_rows_of_a_step(tiny, alike, tmp_path, monkeypatch):
-    more = ["--max-steps", 5, "--lora-dropout", 0]
-    lf.main(flags(tiny, alike, tmp_path / "calm", *more))
-    tried = out_of_memory(monkeypatch, 2 * row_tokens(tiny, alike), first_step=3)
-    lf.main(flags(tiny, alike, tmp_path / "out", *more))
-    assert [rows for rows, _ in tried] == [4] * 13 + [2] * 16
-    steps = [entry["step"] for entry in read_log(tmp_path / "out")]
-    assert steps == [1, 2, 3, 4, 5]
-    for one, other in zip(read_log(tmp_path / "out"), read_log(tmp_path / "calm")):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
-    same_weights(tmp_path / "out", tmp_path / "calm", 1e-3)
+    fitted = 4 * (first_step - 1)
+    assert tried == [4] * (fitted + parts_before + 1) + [2] * (24 - 2 * fitted)
+    said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    assert len(said) == 1 and len(said[0]) <= 80
+    began = logged(tmp_path / "began", "loss")
+    assert logged(tmp_path / "out", "loss") == pytest.approx(began, rel=1e-6)
+    if first_step == 1:
+        assert_same_run(tmp_path / "out", tmp_path / "began")
 
 
 def test_out_of_memory_at_one_row_ends_in_one_line_of_advice(
@@ -924,97 +802,47 @@ def test_out_of_memory_at_one_row_ends_in_one_line_of_advice(
 ):
     tried = out_of_memory(monkeypatch, 0)
     line = error_line(flags(tiny, alike, tmp_path / "out"), capsys)
-    assert [rows for rows, _ in tried] == [4, 2, 1]
+    assert tried == [4, 2, 1]
     assert "out of memory" in line and "--max-seq-length" in line
     assert not (tmp_path / "out/adapter_model.safetensors").exists()
 
 
-def test_auto_batch_size_starts_at_the_full_step_and_keeps_its_rows(
-    tiny, alike, tmp_path, monkeypatch
-):
+def test_auto_batch_size_starts_at_the_full_step_and_keeps_its_rows(tiny, alike, size, tmp_path):
     more = ["--max-steps", 2, "--batch-size", 3, "--gradient-accumulation-steps", 4]
-    tried = out_of_memory(monkeypatch, 10**9)
-    lf.main(flags(tiny, alike, tmp_path / "all", *more, "--auto-batch-size"))
-    assert [rows for rows, _ in tried] == [12, 12]
-    monkeypatch.undo()
-    tried = out_of_memory(monkeypatch, 4 * row_tokens(tiny, alike))
-    lf.main(flags(tiny, alike, tmp_path / "out", *more, "--auto-batch-size"))
-    assert [rows for rows, _ in tried] == [12, 6] + [3] * 8
+    for tokens, expected in (10**9, [12, 4]), (4 * size, [12, 6] + [3] * 5 + [1]):
+        with pytest.MonkeyPatch.context() as patch:
+            tried = out_of_memory(patch, tokens)
+            lf.main(flags(tiny, alike, tmp_path / str(tokens), *more, "--auto-batch-size"))
+        assert tried == expected
 
 
-# NaN ---------------------------------------------------------------------------------------------
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_says_why(
-    tiny, data, undisturbed, tmp_path, monkeypatch, capsys
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    tiny, data, undisturbed, tmp_path, capsys
 ):
-    arguments = flags(tiny, data, tmp_path / "out", *RUN, "--val-data", data)
-    compute_loss = lf.ResponseTrainer.compute_loss
-
-    def compute(self, *args, **kwargs):
-        loss = compute_loss(self, *args, **kwargs)
-        return loss * math.nan if self.state.global_step == 4 else loss
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lf.ResponseTrainer, "compute_loss", compute)
-        line = error_line(arguments, capsys)
+    arguments, steps = flags(tiny, data, tmp_path / "out", *RUN, "--val-data", data), []
+    with pytest.MonkeyPatch.context() as patch:
+        watch(patch, lambda ids: math.nan if len(steps) == 5 else None, lambda *s: steps.append(s))
+        line = error_line([*arguments, "--logging-steps", 100], capsys)
     assert "finite" in line and "--learning-rate" in line and "--precision" in line
-    assert read_log(tmp_path / "out")[-1]["loss"] is None
-    assert read_log(tmp_path / "out")[-1]["step"] == 5
+    assert len(steps) == 5 and read_log(tmp_path / "out")  # of strict JSON
     assert not (tmp_path / "out/adapter_model.safetensors").exists()
-    lf.main([*arguments, "--resume"])
-    assert_same_run(tmp_path / "out", undisturbed)
-
-
-def test_weights_that_are_not_finite_are_no_checkpoint_between_log_lines(
-    tiny, data, undisturbed, tmp_path, monkeypatch, capsys
-):
-    arguments = flags(tiny, data, tmp_path / "out", *RUN, "--val-data", data)
-    on_step_end = lf.TrainingLog.on_step_end
-
-    def poison(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 4:
-            next(w for w in model.parameters() if w.requires_grad).data[0, 0] = math.inf
-        return on_step_end(self, args, state, control, model=model, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lf.TrainingLog, "on_step_end", poison)
-        line = error_line([*arguments, "--logging-steps", "100"], capsys)
-    assert "finite" in line
-    whole = lf.find_checkpoint(tmp_path / "out", {})
-    assert whole is not None and int(whole.name.rpartition("-")[2]) < 4
-    lf.main([*arguments, "--resume"])
+    assert resumed(arguments) < 12
     assert adapter(tmp_path / "out") == adapter(undisturbed)
 
 
-def test_resume_follows_the_logging_steps_it_is_given(tiny, data, tmp_path, monkeypatch):
-    arguments = flags(tiny, data, tmp_path / "out", *RUN)
-    stopped(monkeypatch, [*arguments, "--logging-steps", "3"], 7)
-    lf.main([*arguments, "--logging-steps", "2", "--resume"])
-    assert [entry["step"] for entry in read_log(tmp_path / "out")] == [3, 6, 8, 10, 12]
-
-
-def test_more_steps_between_log_lines_than_steps_is_no_mistake(tiny, data, tmp_path):
-    result = lf.main(flags(tiny, data, tmp_path / "out", *RUN, "--logging-steps", 100))
-    assert result["steps"] == 12
-    assert (tmp_path / "out/training_config.json").is_file()
-
-
-# validation and the whole way --------------------------------------------------------------------
+# validation and what is shown --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
 def test_the_validation_loss_equals_a_token_weighted_computation(tiny, tmp_path, batch):
-    train = write_jsonl(tmp_path / "train.jsonl", ROWS)
-    held_out = [*RECORDS, *ROWS[3:9]]
+    train, held_out = write_jsonl(tmp_path / "train.jsonl", ROWS), [*RECORDS, *ROWS[3:9]]
     val = write_jsonl(tmp_path / "held_out.jsonl", held_out)
     more = ["--val-data", val, "--batch-size", batch, "--epochs", 2, "--learning-rate", 0.01]
-    more += ["--max-seq-length", 120]
-    result = lf.main(flags(tiny, train, tmp_path / "out", *more))
+    result = lf.main(flags(tiny, train, tmp_path / "out", *more, "--max-seq-length", 120))
     measured = [entry for entry in read_log(tmp_path / "out") if "eval_loss" in entry]
     assert [entry["epoch"] for entry in measured] == [1, 2]
 
-    model = peft.PeftModel.from_pretrained(reference_model(tiny, False), tmp_path / "out").eval()
+    model = peft.PeftModel.from_pretrained(reference_model(tiny), tmp_path / "out").eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     rows = [{k: v.strip() for k, v in row.items()} for row in held_out]
     with torch.no_grad():
@@ -1024,94 +852,45 @@ def test_the_validation_loss_equals_a_token_weighted_computation(tiny, tmp_path,
     assert result["eval_loss"] == measured[-1]["eval_loss"]
 
 
-def test_a_folder_brings_its_own_validation_rows(tiny, tmp_path):
+@pytest.mark.parametrize("held_out", [ROWS[:2], []], ids=["two rows", "none"])
+def test_a_folder_under_home_brings_its_own_validation_rows(tiny, tmp_path, monkeypatch, held_out):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model, before = shutil.copytree(tiny, tmp_path / "model"), snapshot(tmp_path / "model")
     write_jsonl(tmp_path / "train.jsonl", ROWS)
-    write_jsonl(tmp_path / "val.jsonl", ROWS[:2])
-    lf.main(flags(tiny, tmp_path, tmp_path / "out", "--max-steps", 2))
-    assert [entry for entry in read_log(tmp_path / "out") if "eval_loss" in entry]
-
-
-def test_an_empty_val_jsonl_in_the_folder_is_no_mistake(tiny, tmp_path):
-    write_jsonl(tmp_path / "train.jsonl", ROWS)
-    write_jsonl(tmp_path / "val.jsonl", [])
-    lf.main(flags(tiny, tmp_path, tmp_path / "out", "--max-steps", 2))
-    assert [entry["step"] for entry in read_log(tmp_path / "out")] == [1, 2]
-    assert not [entry for entry in read_log(tmp_path / "out") if "eval_loss" in entry]
-
-
-@pytest.mark.parametrize(
-    "architecture, template, four_bit",
-    [("llama", "zephyr", True), ("phi", "none", False)],
-)
-def test_eight_rows_learned_by_heart_come_back_word_for_word_and_stop(
-    tiny_models, tmp_path, architecture, template, four_bit
-):
-    folder = tiny_models(architecture, template)
-    answers = "red apple,blue sky </s> x,green,four by four,kubectl get,a Pod,nothing,last one"
-    rows = [
-        {"instruction": f"q{i}", "input": "", "output": answer}
-        for i, answer in enumerate(answers.split(","))
-    ]
-    data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    names = "q_proj k_proj v_proj " + ("dense fc1 fc2" if architecture == "phi" else "")
-    names += "" if architecture == "phi" else "o_proj gate_proj up_proj down_proj"
-    more = ["--target-modules", *names.split(), "--lora-r", 64, "--lora-dropout", 0]
-    more += ["--learning-rate", 0.005, "--max-steps", 200, "--batch-size", 8]
-    more += ["--gradient-accumulation-steps", 1, "--no-gradient-checkpointing"]
-    more += ["--load-in-4bit"] * four_bit
-    lf.main(flags(folder, data, tmp_path / "out", *more))
-
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    model = peft.PeftModel.from_pretrained(reference_model(folder, four_bit), tmp_path / "out")
-    end = tokenizer.convert_tokens_to_ids(END_OF_TURN[template])
-    for row in rows:
-        turns = [{"role": "user", "content": row["instruction"]}]
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        written = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=40,
-            do_sample=False,
-            eos_token_id=end,
-            pad_token_id=end,
-        )[0, ids.shape[1] :].tolist()
-        assert written[-1] == end
-        assert tokenizer.decode(written[:-1]) == row["output"]
-
-
-@pytest.mark.parametrize(
-    "template, four_bit", [("none", "--load-in-4bit"), ("chatml", "--no-load-in-4bit")]
-)
-def test_phi_trains_with_a_template_and_without(tiny_models, data, tmp_path, template, four_bit):
-    folder = tiny_models("phi", template)
-    more = ["--max-steps", 8, "--learning-rate", 0.01, four_bit, "--val-data", data]
-    lf.main(flags(folder, data, tmp_path / "out", *more))
-    losses = [entry["loss"] for entry in read_log(tmp_path / "out") if "loss" in entry]
-    assert losses[-1] < losses[0] - 0.1
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
-
-
-def test_no_four_bit_layer_repacks_its_weights_for_bf16(tiny):
-    model = lf.load_base(str(tiny), "cpu", "fp32", True)
-    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
-    assert len(layers) == 2 * 7
-    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    write_jsonl(tmp_path / "val.jsonl", held_out)
+    lf.main(flags("~/model", "~", "~/out", "--max-steps", 2, "--logging-steps", 100))
+    assert len(logged(tmp_path / "out", "loss")) == 1
+    assert len(logged(tmp_path / "out", "eval_loss")) == 2 * bool(held_out)
+    assert snapshot(model) == before
 
 
 def test_gradients_stay_alive_after_a_validation_in_four_bits(tiny, data, tmp_path):
     more = ["--load-in-4bit", "--val-data", data, "--epochs", 4, "--learning-rate", 0.01]
     lf.main(flags(tiny, data, tmp_path / "out", *more))
-    log = read_log(tmp_path / "out")
-    assert all(entry["grad_norm"] > 1e-4 for entry in log if "loss" in entry)
-    measured = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert min(logged(tmp_path / "out", "grad_norm")) > 1e-4
+    measured = logged(tmp_path / "out", "eval_loss")
     assert len(measured) == 4 and measured == sorted(measured, reverse=True)
 
 
-def test_the_base_model_folder_stays_as_it_was(tiny, data, tmp_path):
-    before = snapshot(tiny)
-    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 2))
-    assert snapshot(tiny) == before
+def test_what_is_shown_fits_80_columns_and_obeys_no_control_character(tiny, tmp_path, capsys):
+    answer = "red \x1b[31m bell \a end " + "because " * 20
+    rows = [{"instruction": "why " * 40, "input": "", "output": answer}] * 3
+    long = {"instruction": "word " * 400, "input": "", "output": "never seen"}
+    data = write_jsonl(tmp_path / "rows.jsonl", [*rows, long])
+    more = ["--max-steps", 3, "--val-data", data, "--max-seq-length", 400]
+    lf.main(flags(tiny, data, tmp_path / "out", *more))
+    shown = capsys.readouterr().out
+    assert all(letter.isprintable() or letter == "\n" for letter in shown)
+    above, shown = shown.split("the model reads:\n")
+    assert re.search(r"\b3 rows <- .*\b1 cut, 1 dropped", above)
+    reads, written = shown.split("  step")[0].split("the model learns to write:\n")
+    assert reads.count("why") == 40 and "because" not in reads
+    assert written.count("because") == 20 and "why" not in written
+    assert "red ?[31m bell ? end" in written
+    assert shown.count("\nvalidation loss ") == 3
+    assert max(map(len, shown.partition("saved")[0].splitlines())) <= 80
+    config = json.loads((tmp_path / "out/training_config.json").read_text(encoding="utf-8"))
+    assert config["data"]["rows"] == 3
 
 
 # mistakes ----------------------------------------------------------------------------------------
@@ -1120,39 +899,33 @@ GOOD = json.dumps(ROWS[0]).encode() + b"\n"
 FILES = {  # content of the data file, what the line must say
     "empty": (b"", "no records"),
     "blank lines": (b"\n \n\n", "no records"),
-    "binary": (bytes(range(256)) * 9, "UTF-8"),
-    "latin-1": ('{"instruction": "é", "output": "b"}'.encode("latin-1"), "UTF-8"),
-    "broken at line 3": (GOOD + b"\n" + GOOD[:-9], ":3: not valid JSON"),
-    "csv": (b"instruction,input,output\na,b,c\n", ":1: not valid JSON"),
+    "binary": (bytes(range(256)) * 9, "utf-8"),
+    "latin-1 in line 2": (GOOD + '{"instruction": "é"}'.encode("latin-1"), ":2: "),
+    "broken at line 3": (GOOD + b"\n" + GOOD[:-9], ":3: "),
+    "csv": (b"instruction,input,output\na,b,c\n", ":1: "),
     "a list in line 2": (GOOD + b"[1, 2]\n", ":2: not an object"),
-    "a whole JSON list": (b"[\n" + GOOD + b"]\n", ":1: not valid JSON"),
-    "a number": (b'{"instruction": "a", "output": 3}', ':1: "output" is not text'),
-    "a list as input": (b'{"instruction": "a", "input": [], "output": "b"}', '"input" is not text'),
+    "a whole JSON list": (b"[\n" + GOOD + b"]\n", ":1: "),
+    "a number": (b'{"instruction": "a", "output": 3}', ':1: "output" is no'),
+    "a list as input": (b'{"instruction": "a", "input": [3], "output": "b"}', ':1: "input" is no'),
     "no output": (GOOD + b'{"instruction": "a"}', ':2: "output" is missing'),
-    "null": (b'{"instruction": null, "output": "b"}', '"instruction" is missing'),
-    "blank output": (b'{"instruction": "a", "output": " \\n"}', '"output" is empty'),
-    "half a character": (GOOD + b'{"instruction": "a", "output": "\\ud800"}', ':2: "output" has'),
-    "a number too long": (b'{"instruction": ' + b"9" * 5000 + b"}", ":1: not valid JSON"),
-    "nested too deep": (b"[" * 100_000, ":1: not valid JSON"),
+    "null": (b'{"instruction": null, "output": "b"}', ':1: "instruction" is missing'),
+    "blank output": (b'{"instruction": "a", "output": " \\n"}', ':1: "output" is'),
+    "half a character": (GOOD + b'{"instruction": "a", "output": "\\ud800"}', ":2: "),
+    "a number too long": (b'{"instruction": ' + b"9" * 5000 + b"}", ":1: "),
+    "nested too deep": (b"[" * 100_000, ":1: "),
 }
-OPTIONS = [
-    line.split()
-    for line in """--lora-r 0|--lora-r -1|--lora-r 1.5|--lora-r 99999999|--lora-r abc|--lora-r
-        --lora-alpha 0|--lora-alpha nan|--lora-alpha inf|--lora-alpha -3
-        --lora-dropout 1|--lora-dropout -0.1|--lora-dropout nan
-        --learning-rate nan|--learning-rate inf|--learning-rate 0|--learning-rate -1e-4
-        --learning-rate 1e9|--learning-rate x
-        --epochs 0|--epochs nan|--epochs inf|--epochs -1|--epochs 1e99
-        --max-steps 0|--max-steps -2|--max-steps 1.5
-        --warmup-ratio -0.1|--warmup-ratio 1.1|--warmup-ratio nan
-        --batch-size 0|--batch-size -4|--batch-size 1000000000|--batch-size nan
-        --gradient-accumulation-steps 0|--gradient-accumulation-steps 1000000000
-        --max-seq-length 0|--max-seq-length -1|--max-seq-length 7
-        --seed -1|--seed 4294967296|--seed 0.5|--logging-steps 0|--logging-steps -1
-        --precision fp8|--target-modules|--load-in-8bit|--batch 4|--resume --overwrite""".replace(
-        "\n", "|"
-    ).split("|")
-]
+OPTIONS = """--lora-r 0|--lora-r -1|--lora-r 1.5|--lora-r 99999999999|--lora-r abc|--lora-r
+--lora-alpha 0|--lora-alpha nan|--lora-alpha inf|--lora-alpha -3
+--lora-dropout 1|--lora-dropout -0.1|--lora-dropout nan
+--learning-rate nan|--learning-rate inf|--learning-rate 0|--learning-rate -1e-4
+--learning-rate 1e9|--learning-rate x
+--epochs 0|--epochs nan|--epochs inf|--epochs -1|--epochs 1e99|--max-steps -2|--max-steps 1.5
+--warmup-ratio -0.1|--warmup-ratio 1.1|--warmup-ratio nan
+--batch-size 0|--batch-size -4|--batch-size 10000000000|--batch-size nan
+--gradient-accumulation-steps 0|--gradient-accumulation-steps 10000000000
+--max-seq-length 0|--max-seq-length -1|--max-seq-length 7|--max-steps 0
+--seed -1|--seed 4294967296|--seed 0.5|--logging-steps 0|--logging-steps -1
+--precision fp8|--target-modules|--load-in-8bit|--batch 4|--resume --overwrite"""
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -1166,68 +939,45 @@ def test_a_data_file_with_a_mistake_is_refused(tiny, data, tmp_path, capsys, kin
     assert os.listdir(tmp_path) == ["rows.jsonl"]
 
 
-@pytest.mark.parametrize("option", OPTIONS, ids=" ".join)
+@pytest.mark.parametrize("option", OPTIONS.replace("\n", "|").split("|"))
 def test_an_option_out_of_range_is_refused(tiny, data, tmp_path, capsys, option):
-    line = error_line(flags(tiny, data, tmp_path / "out", *option), capsys)
-    assert option[0] in line
+    line = error_line(flags(tiny, data, tmp_path / "out", *option.split()), capsys)
+    assert option.split()[0] in line
     assert not os.listdir(tmp_path)
 
 
+def edit(name, change):
+    """A function that rewrites a file in a folder: by change(bytes), or these settings of it."""
+
+    def damage(folder):
+        path = folder / name
+        if isinstance(change, dict):
+            path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        else:
+            path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
 def without(name):
-    def damage(folder):
-        for path in Path(folder).glob(name):
-            path.unlink()
-
-    return damage
-
-
-def rewrite(name, change):
-    def damage(folder):
-        path = Path(folder, name)
-        path.write_bytes(change(path.read_bytes()))
-
-    return damage
+    return lambda folder: [path.unlink() for path in folder.glob(name)]
 
 
 def drop_a_tensor(folder):
-    path = Path(folder, "model.safetensors")
-    weights = load_file(path)
+    weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, path, {"format": "pt"})
-
-
-class Bomb:
-    """Unpickling this makes a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def pickle_weights(folder):
-    Path(folder, "model.safetensors").unlink()
-    bomb = Bomb(Path(folder).parent / "exploded")
-    Path(folder, "pytorch_model.bin").write_bytes(pickle.dumps(bomb))
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(folder.parent / "exploded")))
 
 
-def bring_code(name, **settings):
-    def damage(folder):
-        path, bomb = Path(folder, name), Path(folder).parent / "exploded"
-        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-        Path(folder, "code.py").write_text(f"open({str(bomb)!r}, 'w')")
-
-    return damage
-
-
-def template(text):
-    def damage(folder):
-        bomb = str(Path(folder).parent / "exploded")
-        path = Path(folder, "chat_template.jinja")
-        path.write_text(text.replace("BOMB", repr(bomb)) + path.read_text())
-
-    return damage
+def add_tokens(folder, *tokens):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([*tokens] or ["object"])
+    tokenizer.save_pretrained(folder)
 
 
 DAMAGES = {
@@ -1235,80 +985,88 @@ DAMAGES = {
     "no weights": without("model.safetensors"),
     "no tokenizer": without("tokenizer*"),
     "nothing at all": without("*"),
-    "weights cut short": rewrite("model.safetensors", lambda content: content[: len(content) // 2]),
-    "weights empty": rewrite("model.safetensors", lambda content: b""),
-    "weights are text": rewrite("model.safetensors", lambda content: b"version https://git-lfs\n"),
-    "config broken": rewrite("config.json", lambda content: content[:-20]),
-    "config of no known kind": rewrite(
-        "config.json", lambda content: content.replace(b'"llama"', b'"lama"')
+    "weights cut short": edit("model.safetensors", lambda content: content[: len(content) // 2]),
+    "weights empty": edit("model.safetensors", lambda content: b""),
+    "weights are text": edit("model.safetensors", lambda content: b"version https://git-lfs\n"),
+    "config broken": edit("config.json", lambda content: content[:-20]),
+    "config of no known kind": edit("config.json", {"model_type": "lama"}),
+    "config of another width": edit("config.json", {"hidden_size": 32}),
+    "quantised by GPTQ": edit(
+        "config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     ),
-    "config of another width": rewrite(
-        "config.json", lambda content: content.replace(b'"hidden_size": 64', b'"hidden_size": 32')
-    ),
-    "tokenizer broken": rewrite("tokenizer.json", lambda content: content[:99]),
+    "tokenizer broken": edit("tokenizer.json", lambda content: content[:99]),
     "a tensor is missing": drop_a_tensor,
     "weights pickled": pickle_weights,
-    "code in the config": bring_code(
-        "config.json", model_type="own", auto_map={"AutoConfig": "code.Config"}
+    "tokens that the model lacks": add_tokens,
+    "a short context": edit("config.json", {"max_position_embeddings": 256}),
+    "code in the config": edit(
+        "config.json", {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
     ),
-    "code in the tokenizer": bring_code(
-        "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["code.T", None]}
+    "code in the tokenizer": edit(
+        "tokenizer_config.json",
+        {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.T", None]}},
     ),
-    "template looks for classes": template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
-    "template looks for modules": template("{{ lipsum.__globals__['os'].mkdir(BOMB) }}"),
-    "template clears the messages": template("{{ messages.clear() }}"),
-    "template reads a file": template("{% include '/etc/passwd' %}"),
-    "template counts for long": template("{% for x in range(10**9) %}{% endfor %}"),
-    "template fills the memory": template("{{ 'a' * 10**17 }}"),
-    "template divides by zero": template("{{ 1 / 0 }}"),
-    "template calls itself": template("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"),
-    "template refuses in two lines": template("{{ raise_exception('system\n\nfirst') }}"),
-    "template refuses": template("{{ raise_exception('system first') }}"),
 }
+TEMPLATES = """{{ ''.__class__.__mro__[1].__subclasses__() }}
+{{ lipsum.__globals__['os'].mkdir('exploded') }}
+{{ messages.clear() }}
+{% include '/etc/passwd' %}
+{% for x in range(10**9) %}{% endfor %}
+{{ 'a' * 10**17 }}
+{{ 1 / 0 }}
+{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}
+{{ raise_exception('system\\n\\nfirst') }}
+{{ strftime_now('%d'"""
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_model_folder_is_refused(tiny, data, tmp_path, capsys, kind):
-    model = tmp_path / "model"
-    shutil.copytree(tiny, model)
-    DAMAGES[kind](model)
-    line = error_line(flags(model, data, tmp_path / "out"), capsys)
-    assert str(model) in line or "--model" in line
-    assert os.listdir(tmp_path) == ["model"]
+@pytest.mark.parametrize("kind", [*DAMAGES, *TEMPLATES.splitlines()])
+def test_a_damaged_model_folder_is_refused(tiny, data, tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    if kind in DAMAGES:
+        model = shutil.copytree(tiny, tmp_path / "model")
+        (model / "code.py").write_text("open('exploded', 'w')")
+        DAMAGES[kind](model)
+    else:
+        model = with_template(tmp_path / "model", tiny, lambda text: kind + text)
+    line = error_line(flags(model, data, tmp_path / "out", "--load-in-4bit"), capsys)
+    assert str(model) in line or "--m" in line
+    assert not (tmp_path / "exploded").exists() and not files(tmp_path / "out")
 
 
-MISTAKES = {
-    "no such data": (["--dataset", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-    "a folder without train.jsonl": (["--dataset", "{tmp}/empty"], "train.jsonl: no such file"),
-    "no such validation data": (["--val-data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-    "a folder as validation data": (["--val-data", "{tmp}/empty"], "empty: no such file"),
-    "an empty path": (["--dataset", ""], "no such file"),
-    "no such model": (["--model", "nobody/no-such-model"], "nobody/no-such-model"),
-    "no such model folder": (["--model", "./no/such/folder"], "./no/such/folder"),
-    "a file as model": (["--model", "{tmp}/file"], "file"),
-    "an empty model": (["--model", ""], "--model"),
-    "layers that are not there": (["--target-modules", "query"], "query: no such layer"),
-    "one layer that is not there": (["--target-modules", "q_proj", "x"], "x: no such layer"),
-    "part of a layer's name": (["--target-modules", "proj"], "proj: no such layer"),
-    "a norm as layer": (["--target-modules", "norm"], "norm: no such layer"),
-    "the head as layer": (["--target-modules", "lm_head"], "lm_head: no such layer"),
-    "an empty layer name": (["--target-modules", ""], "--target-modules"),
-    "output is a file": (["--output", "{tmp}/file"], "file; choose another --output"),
-    "output is under a file": (["--output", "{tmp}/file/out"], "file; choose another --output"),
-    "no room for an answer": (["--max-seq-length", "8"], "raise --max-seq-length"),
-}
+MISTAKES = """--dataset nowhere.jsonl|nowhere.jsonl: No such file
+--dataset {tmp}/empty|empty/train.jsonl: No such file
+--dataset {tmp}/file|file:1:
+--val-data nowhere.jsonl|nowhere.jsonl: No such file
+--val-data {tmp}/empty|empty: Is a directory
+--dataset ""|train.jsonl: No such file
+--model ""|can't load the model
+--target-modules ""|--target-modules
+--model nobody/no-such-model|nobody/no-such-model
+--model ./no/such/folder|./no/such/folder
+--model {tmp}/file|file
+--model {tmp}/model.gguf|model.gguf
+--target-modules query|query: no such layer
+--target-modules q_proj x|x: no such layer
+--target-modules proj|proj: no such layer
+--target-modules norm|norm: no such layer
+--target-modules lm_head|lm_head: no such layer
+--output {tmp}/file|file
+--output {tmp}/file/out|file/out
+--max-seq-length 8|raise --max-seq-length
+--max-seq-length 1025|reads 1024 tokens"""
 
 
-@pytest.mark.parametrize("kind", MISTAKES)
-def test_a_mistake_is_refused_in_one_line(tiny, data, tmp_path, capsys, monkeypatch, kind):
-    more, says = MISTAKES[kind]
+@pytest.mark.parametrize("case", MISTAKES.splitlines())
+def test_a_mistake_is_refused_in_one_line(tiny, data, tmp_path, capsys, monkeypatch, case):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("kept")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(100))
     monkeypatch.chdir(tmp_path)
-    more = [part.replace("{tmp}", str(tmp_path)) for part in more]
+    more, says = case.replace("{tmp}", str(tmp_path)).split("|")
+    more = [part.strip('"') for part in more.split(" ")]
     line = error_line(flags(tiny, data, tmp_path / "out", *more), capsys)
     assert says in line
-    assert sorted(os.listdir(tmp_path)) == ["empty", "file"]
+    assert files(tmp_path) == ["file", "model.gguf"]
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -1316,48 +1074,27 @@ def test_a_read_only_output_is_refused_before_a_model_is_loaded(data, tmp_path, 
     (tmp_path / "locked").mkdir(mode=0o555)
     arguments = flags("nowhere/model", data, tmp_path / "locked/new/out")
     line = without_privileges(lambda: error_line(arguments, capsys))
-    assert line == f"error: can't write to {tmp_path}/locked; choose another --output"
+    assert line.startswith(f"error: can't write to {tmp_path}/locked")
+    assert "another --output" in line
 
 
-@pytest.mark.parametrize(
-    "size", [20_000, 50_000, 64_600], ids=["adapter", "optimizer", "its last bytes"]
-)
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.99])
 def test_a_full_disk_ends_in_one_line_and_resume_goes_on(
-    tiny, data, undisturbed, tmp_path, capsys, size
+    tiny, data, undisturbed, unfinished, tmp_path, capsys, share
 ):
+    (checkpoint,) = unfinished.glob("checkpoint*")
     arguments = flags(tiny, data, tmp_path / "out", *RUN, "--val-data", data)
-    with largest_file(size):
+    with largest_file(int(checkpoint.stat().st_size * share)):
         line = error_line(arguments, capsys)
-    assert line.startswith(f"error: can't write to {tmp_path}/out") and "--resume" in line
+    assert line.startswith(f"error: can't write to {tmp_path}/out") and "free space" in line
     assert not (tmp_path / "out/adapter_model.safetensors").exists()
     lf.main([*arguments, "--resume"])
     assert_same_run(tmp_path / "out", undisturbed)
 
 
-def test_control_characters_in_a_row_do_not_reach_the_terminal(tiny, tmp_path, capsys):
-    rows = [{**row, "output": "red \x1b[31m bell \a end"} for row in ROWS]
-    data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 1))
-    shown = capsys.readouterr().out
-    assert "red ?[31m bell ? end" in shown
-    assert all(letter.isprintable() or letter == "\n" for letter in shown)
-
-
-def test_rows_without_room_for_an_answer_are_dropped_and_counted(tiny, tmp_path, capsys):
-    long = {"instruction": "word " * 200, "input": "", "output": "never seen"}
-    data = write_jsonl(tmp_path / "rows.jsonl", [*ROWS[:3], long])
-    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 2, "--max-seq-length", 150))
-    assert "3 rows <- " in capsys.readouterr().out
-    config = json.loads((tmp_path / "out/training_config.json").read_text(encoding="utf-8"))
-    assert config["data"]["rows"] == 3
-
-
-def test_one_row_is_shown_as_the_model_sees_it_in_80_columns(tiny, tmp_path, capsys):
-    row = {"instruction": "why " * 40, "input": "", "output": "because " * 20}
-    data = write_jsonl(tmp_path / "rows.jsonl", [row])
-    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 1))
-    shown = capsys.readouterr().out.split("the model reads:\n")[1].split("  step")[0]
-    reads, written = shown.split("the model learns to write:\n")
-    assert reads.count("why") == 40 and "because" not in reads
-    assert written.count("because") == 20 and "why" not in written
-    assert max(map(len, shown.splitlines())) <= 80
+def test_a_disk_that_is_full_at_the_end_ends_in_one_line(tiny, data, tmp_path, capsys):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    add_tokens(model, *(f"unused {number}" for number in range(2000)))
+    with largest_file((model / "tokenizer.json").stat().st_size // 2):
+        line = error_line(flags(model, data, tmp_path / "out", "--max-steps", 1), capsys)
+    assert line.startswith(f"error: can't write to {tmp_path}/out")
