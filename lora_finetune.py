@@ -17,14 +17,13 @@ import json
 import logging
 import math
 import os
-import re
 import signal
 import sys
 import textwrap
 import time
 import traceback
 import warnings
-from datetime import date, timedelta
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -82,20 +81,17 @@ RESUME = False  # go on from the checkpoint of a stopped run
 OVERWRITE = False  # replace what an earlier run left in OUTPUT
 # ---------------------------------------------------------------------------------------------
 
-COUNT, SHARE = (1, 2**31), (0, 0.99)
-LIMITS = dict(max_seq_length=(8, 2**20), lora_r=COUNT, lora_alpha=(1e-3, 1e5), lora_dropout=SHARE)
-LIMITS |= dict(epochs=(0.01, 1e4), max_steps=(-1, 2**31), learning_rate=(1e-9, 1))
-LIMITS |= dict(warmup_ratio=SHARE, batch_size=COUNT, gradient_accumulation_steps=COUNT)
-LIMITS |= dict(seed=(0, 2**32 - 1), logging_steps=COUNT)
+RANGES = {"seed": (0, 2**32 - 1), "max_steps": (-1, 1e9)}  # of the other numbers: 1e-9 to 1e9
+RANGES |= dict.fromkeys(["lora_dropout", "warmup_ratio"], (0, 0.99))
 MAY_CHANGE = """dataset val_data output logging_steps resume overwrite gradient_checkpointing
 auto_batch_size""".split()  # on --resume; of the dataset the content counts
 MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
-CHECKPOINT, ADAPTER = "checkpoint.pt", "adapter_model.safetensors"
-NOT_FINITE = """error: loss or gradients are no longer finite; lower --learning-rate, try --precision
-bf16 or fp32, look for odd rows. The last checkpoint stands""".replace("\n", " ")
-OUT_OF_MEMORY = """error: out of memory with one row at once; in this order: --gradient-checkpointing,
-a smaller --max-seq-length, --load-in-4bit, a smaller --lora-r or fewer --target-modules, a smaller
---model""".replace("\n", " ")
+CHECKPOINT, LOG, ADAPTER = "checkpoint.pt", "training_log.jsonl", "adapter_model.safetensors"
+NOT_FINITE = (
+    "error: loss or gradients are no longer finite; lower --learning-rate, or try bf16 or fp32"
+)
+OUT_OF_MEMORY = """error: out of memory at one row; in this order: --gradient-checkpointing, a smaller
+--max-seq-length, --load-in-4bit, a smaller --lora-r, a smaller --model""".replace("\n", " ")
 ALPACA_TEMPLATE = (  # for tokenizers that come without a chat template
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "### Instruction:\n{{ message['content'] }}\n\n### Response:\n"
@@ -132,9 +128,8 @@ def parse_args(argv=None):
     add("--learning-rate", "at its peak", default=LEARNING_RATE, type=float)
     add("--warmup-ratio", "share of the steps", default=WARMUP_RATIO, type=float)
     add("--batch-size", "longest rows at once", default=BATCH_SIZE, type=int)
-    times = GRADIENT_ACCUMULATION_STEPS
+    times, recompute = GRADIENT_ACCUMULATION_STEPS, GRADIENT_CHECKPOINTING
     add("--gradient-accumulation-steps", "times that is a step", default=times, type=int)
-    recompute = GRADIENT_CHECKPOINTING
     add("--gradient-checkpointing", "less memory, slower", default=recompute, action=switch)
     add("--auto-batch-size", "as many rows as fit", default=AUTO_BATCH_SIZE, action=switch)
     add("--group-by-length", "rows of like length a step", default=GROUP_BY_LENGTH, action=switch)
@@ -144,9 +139,9 @@ def parse_args(argv=None):
     add("--resume", "go on with a stopped run", default=RESUME, action=switch)
     add("--overwrite", "replace an earlier run", default=OVERWRITE, action=switch)
     args = parser.parse_args(argv)
-    for name, (low, high) in LIMITS.items():
-        value = getattr(args, name)
-        if not low <= value <= high:
+    for name, value in vars(args).items():
+        low, high = RANGES.get(name, (1e-9, 1e9))
+        if type(value) in (int, float) and not low <= value <= high:
             flag = name.replace("_", "-")
             parser.error(f"argument --{flag}: must be from {low} to {high}, not {value}")
     if args.resume and args.overwrite:
@@ -180,24 +175,26 @@ def find_data(args):
     return source / "train.jsonl" if source.is_dir() else source, val_source
 
 
+def to_record(line):
+    """A line of JSONL as {"instruction", "input", "output"}, all str; else raises ValueError."""
+    row = json.loads(line.decode("utf-8-sig"))
+    if not isinstance(row, dict):
+        raise ValueError("not an object")
+    record = {key: row.get(key) for key in ("instruction", "input", "output")}
+    record["input"] = record["input"] or ""
+    for key, text in record.items():
+        if not isinstance(text, str) or not (text.strip() or key == "input"):
+            raise ValueError(f'"{key}" is {"missing" if text is None else "no text"}')
+        record[key] = text.encode().decode().strip()  # a ValueError if half a character
+    return record
+
+
 def read_jsonl(path):
-    """Records of a JSONL file, [{"instruction", "input", "output"}], all str; a bad line ends all."""
+    """The records of a JSONL file; a line that is none ends the program."""
     advice, records, number = "prepare_dataset.py makes and mends such files", [], 0
     try:
-        for line in open(path, encoding="utf-8-sig"):
-            number += 1
-            if not line.strip():
-                continue
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-            record = {key: row.get(key) for key in ("instruction", "input", "output")}
-            record["input"] = record["input"] or ""
-            for key, text in record.items():
-                if not isinstance(text, str) or not (text.strip() or key == "input"):
-                    raise ValueError(f'"{key}" is {"missing" if text is None else "no text"}')
-                record[key] = text.encode().decode().strip()  # a ValueError if half a character
-            records.append(record)
+        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):  # noqa: B007
+            records += [to_record(line)] if line.strip() else []
     except OSError as error:
         sys.exit(f"error: {path}: {error.strerror}; {advice}")
     except (ValueError, RecursionError) as error:
@@ -205,9 +202,8 @@ def read_jsonl(path):
     return records or sys.exit(f"error: {path}: no records in it; {advice}")
 
 
-@contextlib.contextmanager
-def claimed(folder, args):
-    """Within, the output folder is this run's alone; refuses one whose run no flag gives up."""
+def claim(folder, args):
+    """Refuse a folder whose run no flag gives up, or another process has; returns the lock on it."""
     unfinished = (folder / CHECKPOINT).exists()
     if unfinished and not (args.resume or args.overwrite):
         flags = "--resume goes on with it, --overwrite drops it"
@@ -219,13 +215,11 @@ def claimed(folder, args):
         if RANK == 0:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
-        yield
     except filelock.Timeout:
         sys.exit(f"error: another run writes to {folder}; end it or choose another --output")
-    except (OSError, SafetensorError) as error:
-        sys.exit(f"error: can't write to {folder} ({error}); free space, or another --output")
-    finally:
-        lock.release()
+    except OSError as error:
+        sys.exit(f"error: can't write to {folder} ({error}); choose another --output")
+    return lock
 
 
 def memory_mib():
@@ -269,22 +263,20 @@ def pretrained(auto_class, name, **kwargs):
 def chat_frame(tokenizer):
     """Return (head, tail, end, special ids) of the chat template around one question and answer.
 
-    The prompt is head + question + tail; the model is to write answer + end, where end closes with
-    the end-of-turn token. A tokenizer without a template gets an Alpaca-style one. One that tells
-    today's date tells a fixed one from here on: training, --resume and evaluation must agree.
+    The prompt is head + question + tail, the response answer + end; end closes with the end-of-turn
+    token. The template, an Alpaca-style one if there is none, is made to tell one day as today's.
     """
     if not tokenizer.chat_template:
-        bos = tokenizer.bos_token_id
-        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = "{{ bos_token }}" * adds_bos + ALPACA_TEMPLATE
     question, answer = "\ue000", "\ue001"  # private-use characters: no template contains them
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    as_text = partial(tokenizer.apply_chat_template, tokenize=False)
     try:
-        today, fixed = r"""strftime_now\(\s*["'](.*?)["']\s*\)""", date(2025, 1, 1)
         template = tokenizer.get_chat_template()
-        template = re.sub(today, lambda call: json.dumps(fixed.strftime(call[1])), template)
+        if "strftime_now" in template:
+            template = "{% macro strftime_now(form) %}01 Jan 2025{% endmacro %}" + template
         tokenizer.chat_template = template
-        as_text = partial(tokenizer.apply_chat_template, tokenize=False)
         prompt, text = as_text(turns[:1], add_generation_prompt=True), as_text(turns)
         head, rest = text.split(question)
         tail, end = rest.split(answer)
@@ -293,8 +285,7 @@ def chat_frame(tokenizer):
     except Exception as error:  # a template is a program, it may raise anything
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         sys.exit(f"error: the model's chat template fails ({reason}); choose another --model")
-    added = tokenizer.added_tokens_decoder.items()
-    special = {id: token.content for id, token in added if token.special}
+    special = {id: t.content for id, t in tokenizer.added_tokens_decoder.items() if t.special}
     ends = [end.index(token) + len(token) for token in special.values() if token in end]
     end = end[: min(ends)] if ends else end + (tokenizer.eos_token or "")
     return head, tail, end, set(special)
@@ -313,12 +304,11 @@ def encode(record, tokenizer, frame, max_length):
     text = head + question + tail + record["output"] + end
     typed = {*range(len(head), len(head + question)), *range(start, len(text) - len(end))}
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spell = partial(tokenizer, add_special_tokens=False, split_special_tokens=True)
     input_ids, labels = [], []
     for id, (left, right) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
-        ids = [id]
-        if id in special and left in typed:
-            plain = {"add_special_tokens": False, "split_special_tokens": True}
-            ids = tokenizer(text[left:right], **plain)["input_ids"]
+        plain = id in special and left in typed
+        ids = spell(text[left:right])["input_ids"] if plain else [id]
         input_ids += ids
         labels += ids if left >= start else [-100] * len(ids)
     row = {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}
@@ -356,13 +346,12 @@ def load_base(name, device, precision, load_in_4bit):
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **nf4)
     options = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
-    options |= {"quantization_config": nf4 if load_in_4bit else None, "output_loading_info": True}
-    model, info = pretrained(AutoModelForCausalLM, name, **options)
+    options |= {"quantization_config": nf4} if load_in_4bit else {}
+    model, info = pretrained(AutoModelForCausalLM, name, output_loading_info=True, **options)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])[0]
         sys.exit(f"error: {name} lacks weights, such as {missing}; download it again")
-    # cuDNN attention plans anew for each length, which costs more than it gives
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, slowly
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             module.forward = partial(lean_norm, module)
@@ -382,17 +371,14 @@ def fingerprint(model):
     return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:16]
 
 
-def check_fit(base, tokenizer, rows, args):
+def check_fit(base, tokenizer, rows, max_length):
     """Refuse rows that are longer than the model reads, or have tokens that it lacks."""
     context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if context and args.max_seq_length > context:
-        sys.exit(
-            f"error: --max-seq-length {args.max_seq_length}: this model reads {context} tokens"
-        )
+    if context and max_length > context:
+        sys.exit(f"error: --max-seq-length {max_length}: this model reads {context} tokens")
     size = len(base.get_input_embeddings().weight)
     if len(tokenizer) > size and max(map(max, rows["input_ids"])) >= size:
-        lack = f"its tokenizer has tokens beyond the model's {size:,}"
-        sys.exit(f"error: {args.model}: {lack}; take the tokenizer that the model came with")
+        sys.exit(f"error: rows have tokens beyond the model's {size:,}; take its own tokenizer")
 
 
 def find_head(model):
@@ -457,14 +443,6 @@ def response_nll(model, head, pad_id, rows):
         outputs = (model.base_model if head else model)(input_ids=input_ids, use_cache=False)
         parts = zip(outputs[0][:, :-1][counts].split(256), targets.split(256))
         return torch.cat([checkpoint(part_nll, *part, use_reentrant=False) for part in parts])
-
-
-def steps_of(args, rows):
-    """Return the steps of the run, the rows of a step, the steps of an epoch."""
-    rows_per_step = args.batch_size * args.gradient_accumulation_steps * WORLD_SIZE
-    epoch_steps = math.ceil(len(rows) / rows_per_step)
-    total = args.max_steps if args.max_steps > 0 else math.ceil(args.epochs * epoch_steps)
-    return total, rows_per_step, epoch_steps
 
 
 def rows_of_step(step, lengths, rows_per_step, seed, grouped):
@@ -546,40 +524,31 @@ def validate(model, nll_of, rows, room):
     return total / tokens
 
 
-def save_checkpoint(path, run, step, log, weights, optimizer, scaler):
+def save_checkpoint(path, state):
     """Write all that a resumed run needs, whole or not at all."""
-    state = {"run": run, "step": step, "log": log, "weights": [w.detach() for w in weights]}
-    state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     buffer = io.BytesIO()  # on a full disk torch.save itself raises no OSError
     torch.save(state, buffer)
     path.with_suffix(".new").write_bytes(buffer.getvalue())
     os.replace(path.with_suffix(".new"), path)
 
 
-def load_checkpoint(path, run, weights, optimizer, scaler):
-    """Take up a stopped run, if it is this one; returns its steps done and its log."""
+def read_checkpoint(path, run):
+    """The state of the stopped run to go on with, {} to start at step 1; refuses another run's."""
     if not path.exists():
         say(f"resume      no {path} to go on from: starting at step 1")
-        return 0, []
-    state = torch.load(path, map_location=weights[0].device, weights_only=True)
-    if changed := [key for key, value in run.items() if state["run"].get(key) != value]:
+        return {}
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        changed = [name for name in run if state["run"].get(name) != run[name]]
+    except Exception as error:  # what stands there may be anything
+        sys.exit(f"error: {path} is damaged ({str(error)[:50]!r}); --overwrite starts anew")
+    if changed:
         names = f"{' and '.join(changed)} changed; change back, or --overwrite"
         sys.exit(f"error: --resume: not the run of {path}, {names}")
-    for weight, saved in zip(weights, state["weights"], strict=True):
-        weight.data.copy_(saved)
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    return state["step"], state["log"]
+    return state
 
 
-def write_log(folder, log, mode):
-    """Write or append entries to training_log.jsonl."""
-    if RANK == 0:
-        with open(folder / "training_log.jsonl", mode, encoding="utf-8") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in log)
-
-
-def log_entry(folder, log, entry, left=""):
+def log_entry(path, log, entry, left=""):
     """Print an entry and append it to the log: the list, and the file of strict JSON."""
     if "eval_loss" in entry:
         perplexity = math.exp(min(entry["eval_loss"], 700))
@@ -590,26 +559,32 @@ def log_entry(folder, log, entry, left=""):
             (form + "{tokens_per_second:>10,.0f} {memory_mib:>6,} ").format(**entry) + f"{left:>10}"
         )
     log.append({key: value if math.isfinite(value) else None for key, value in entry.items()})
-    write_log(folder, log[-1:], "a")
+    if RANK == 0:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(log[-1]) + "\n")
 
 
-def train(args, run, model, nll_of, rows, val_rows, folder):
+def train(args, run, model, nll_of, rows, val_rows, folder, state):
     """The training loop, each part of a step in the order it happens; returns the log's entries."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)  # a process may have no row in a step
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
     scaler = torch.amp.GradScaler(enabled=run["precision"] == "fp16")
-    state = {"weights": weights, "optimizer": optimizer, "scaler": scaler}
-    first, log = load_checkpoint(folder / CHECKPOINT, run, **state) if args.resume else (0, [])
-    write_log(folder, log, "w")
-    say("  step   epoch     loss        lr  grad norm   tokens/s    MiB  time left")
-    total, rows_per_step, epoch_steps = steps_of(args, rows)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    for i, weight in enumerate(weights):
+        weight.data.copy_(state["weights"][i] if state else weight.data)
+        weight.grad = torch.zeros_like(weight)  # a process may have no row in a step
+    first, log, losses = state.get("step", 0), state.get("log", []), state.get("losses", [])
+    total, rows_per_step, epoch_steps = run["steps"], run["rows_per_step"], run["epoch_steps"]
     lengths = torch.tensor(rows["length"]).clamp(max=args.max_seq_length)
     answer_tokens = torch.tensor(rows["answer_tokens"])
     at_once = rows_per_step // WORLD_SIZE if args.auto_batch_size else args.batch_size
     room = at_once * lengths.max().item()  # tokens of a micro-batch
-    losses, seen, clock, began, asked = [], 0, time.monotonic(), time.monotonic(), []
+    if RANK == 0:
+        (folder / LOG).write_text("".join(json.dumps(entry) + "\n" for entry in log), "utf-8")
+    say("  step   epoch     loss        lr  grad norm   tokens/s    MiB  time left")
+    seen, clock, began, asked = 0, time.monotonic(), time.monotonic(), []
     model.train()
     with contextlib.ExitStack() as undo:
         for signum in (signal.SIGINT, signal.SIGTERM):  # heeded when the step is done
@@ -637,19 +612,27 @@ def train(args, run, model, nll_of, rows, val_rows, folder):
 
             bar.update()
             done, losses, seen = step + 1, [*losses, loss], seen + lengths[chosen].sum().item()
-            at = {"step": done, "epoch": round(done / epoch_steps, 4)}
+            entry = {"step": done, "epoch": round(done / epoch_steps, 4)}
             if done % args.logging_steps == 0 or done == total:
-                now = time.monotonic()
+                now, mean = time.monotonic(), sum(losses) / len(losses)
                 left = timedelta(seconds=round((now - began) / (done - first) * (total - done)))
-                entry = at | {"loss": sum(losses) / len(losses), "learning_rate": lr}
-                entry |= {"grad_norm": norm, "tokens_per_second": round(seen / (now - clock), 1)}
-                log_entry(folder, log, entry | {"memory_mib": memory_mib()}, str(left))
+                figures = {"loss": mean, "learning_rate": lr, "grad_norm": norm}
+                figures |= {"tokens_per_second": round(seen / (now - clock), 1)}
+                log_entry(
+                    folder / LOG, log, entry | figures | {"memory_mib": memory_mib()}, str(left)
+                )
                 losses, seen, clock = [], 0, now
             if val_rows and (done % epoch_steps == 0 or done == total):
-                log_entry(folder, log, at | {"eval_loss": validate(model, nll_of, val_rows, room)})
+                log_entry(
+                    folder / LOG,
+                    log,
+                    entry | {"eval_loss": validate(model, nll_of, val_rows, room)},
+                )
                 clock = time.monotonic()
             if RANK == 0 and (stopping or done == total or done % math.ceil(total / 10) == 0):
-                save_checkpoint(folder / CHECKPOINT, run, done, log, **state)
+                state = {"run": run, "step": done, "log": log, "losses": losses, "weights": weights}
+                state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                save_checkpoint(folder / CHECKPOINT, state)
             if stopping and done < total:
                 goes_on = "the same command with --resume goes on"
                 sys.exit(f"stopped after step {done} of {total}; {goes_on}" if RANK == 0 else 1)
@@ -673,20 +656,25 @@ def save_adapter(model, tokenizer, folder):
     say(f"saved       adapter of {len(saved)} tensors, {size / 1e6:.1f} MB -> {folder}")
 
 
-def write_config(folder, args, run, base, rows, source, result):
+def plan(args, precision, rows, source):
+    """What makes this run what it is, checked on --resume: options, steps, the data's SHA-256."""
+    run = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    run |= {"precision": precision, "dataset": hashlib.sha256(source.read_bytes()).hexdigest()}
+    run["rows_per_step"] = args.batch_size * args.gradient_accumulation_steps * WORLD_SIZE
+    run["epoch_steps"] = math.ceil(rows / run["rows_per_step"])
+    run["steps"] = math.ceil(args.epochs * run["epoch_steps"])
+    return run | ({"steps": args.max_steps} if args.max_steps > 0 else {})
+
+
+def write_config(folder, args, run, base, source, rows, result=None):
     """Write training_config.json: what was asked, what it was done with, and what came of it."""
     packages = "torch transformers peft accelerate bitsandbytes datasets".split()
-    config = {
-        "arguments": vars(args) | {"precision": run["precision"]},
-        "base_fingerprint": fingerprint(base),
-        "data": {"path": str(source), "sha256": run["dataset"], "rows": len(rows)},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: version(name) for name in packages},
-        "result": result,
-    }
-    if RANK == 0:
-        text = json.dumps(config, indent=2, ensure_ascii=False)
-        (folder / "training_config.json").write_text(text + "\n", encoding="utf-8")
+    config = {"arguments": vars(args) | {"precision": run["precision"]}, "result": result}
+    config["data"] = {"path": str(source), "sha256": run["dataset"], "rows": rows}
+    config["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    config |= {"base_fingerprint": fingerprint(base), "versions": {p: version(p) for p in packages}}
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (folder / "training_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def summarize(log, total):
@@ -714,37 +702,39 @@ def main(argv=None):
     source, val_source = find_data(args)
     records, val_records = read_jsonl(source), val_source and read_jsonl(val_source)
     folder, limit = Path(args.output), args.max_seq_length
-    with claimed(folder, args):
-        device, precision = choose_device(args)
-        if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group(
-                "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-            )
-        tokenizer = pretrained(AutoTokenizer, args.model)
-        frame = chat_frame(tokenizer)
-        rows = encode_rows(records, tokenizer, frame, limit, source)
-        val_rows = val_records and encode_rows(val_records, tokenizer, frame, limit, val_source)
-        run = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-        run |= {"precision": precision, "processes": WORLD_SIZE}
-        run["dataset"] = hashlib.sha256(source.read_bytes()).hexdigest()
+    lock = claim(folder, args)
+    device, precision = choose_device(args)
+    tokenizer = pretrained(AutoTokenizer, args.model)
+    frame = chat_frame(tokenizer)
+    rows = encode_rows(records, tokenizer, frame, limit, source)
+    val_rows = val_records and encode_rows(val_records, tokenizer, frame, limit, val_source)
+    run = plan(args, precision, len(rows), source)
+    state = read_checkpoint(folder / CHECKPOINT, run) if args.resume else {}
 
-        base = load_base(args.model, device, precision, args.load_in_4bit)
-        check_fit(base, tokenizer, rows, args)
-        nll_of = partial(response_nll, base, find_head(base), tokenizer.eos_token_id or 0)
-        model = put_adapter(base, args)
-        total, rows_per_step, epoch_steps = steps_of(args, rows)
-        say(f"model       {args.model}, {memory_mib():,} MiB")
-        say(f"adapter     {model.get_nb_trainable_parameters()[0]:,} parameters are trained")
-        say(f"training    {total:,} steps of {rows_per_step} rows ({epoch_steps:,} steps an epoch)")
-        show_example(rows[0], tokenizer)
-
-        write_config(folder, args, run, base, rows, source, result=None)
-        log = train(args, run, model, nll_of, rows, val_rows, folder)
+    base = load_base(args.model, device, precision, args.load_in_4bit)
+    check_fit(base, tokenizer, rows, limit)
+    nll_of = partial(response_nll, base, find_head(base), tokenizer.eos_token_id or 0)
+    model = put_adapter(base, args)
+    say(f"model       {args.model}, {memory_mib():,} MiB")
+    say(f"adapter     {model.get_nb_trainable_parameters()[0]:,} parameters are trained")
+    steps = "{steps:,} steps of {rows_per_step} rows ({epoch_steps:,} steps an epoch)"
+    say(f"training    {steps.format(**run)}")
+    show_example(rows[0], tokenizer)
+    config = partial(write_config, folder, args, run, base, source, len(rows))
+    try:
+        if RANK == 0:  # what an overwritten run left goes first
+            for name in [ADAPTER, LOG] if state else [ADAPTER, LOG, CHECKPOINT]:
+                (folder / name).unlink(missing_ok=True)
+            config(result=None)
+        log = train(args, run, model, nll_of, rows, val_rows, folder, state)
+        result = summarize(log, run["steps"])
         if RANK == 0:
             save_adapter(model, tokenizer, folder)
-        result = summarize(log, total)
-        write_config(folder, args, run, base, rows, source, result)
-        (folder / CHECKPOINT).unlink(missing_ok=True)
+            config(result)
+            (folder / CHECKPOINT).unlink()
+    except (OSError, SafetensorError) as error:
+        sys.exit(f"error: can't write to {folder} ({error}); free space, then --resume goes on")
+    lock.release()
     if WORLD_SIZE > 1:
         torch.distributed.destroy_process_group()
     say(f"next: python evaluate.py --adapter {folder} --val-data {val_source or 'FILE.jsonl'}")
