@@ -193,8 +193,10 @@ def read_jsonl(path):
     """The records of a JSONL file; a line that is none ends the program."""
     advice, records, number = "prepare_dataset.py makes and mends such files", [], 0
     try:
-        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):  # noqa: B007
-            records += [to_record(line)] if line.strip() else []
+        for line in Path(path).read_bytes().split(b"\n"):
+            number += 1
+            if line.strip():
+                records.append(to_record(line))
     except OSError as error:
         sys.exit(f"error: {path}: {error.strerror}; {advice}")
     except (ValueError, RecursionError) as error:
