@@ -28,6 +28,7 @@ dtype = torch.float16 if gpu else torch.float32
 nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                          bnb_4bit_compute_dtype=dtype)
 tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 def load():
     return AutoModelForCausalLM.from_pretrained(name, quantization_config=nf4, dtype=dtype,
                                                 device_map={"": 0 if gpu else "cpu"})
@@ -67,7 +68,7 @@ def plain(rows):
         total += output.loss.item() * (labels[:, 1:] != -100).sum().item()
     return total
 def ours(rows):
-    return evaluate.row_nll(model, evaluate.take_head(model), rows, 8, tokenizer.pad_token_id, "base").sum()
+    return evaluate.row_nll(model, rows, "base").sum()
 def ours_loaded():
     return evaluate.load_base(name, 0 if gpu else "cpu", "fp16" if gpu else "fp32", True)
 with torch.inference_mode():

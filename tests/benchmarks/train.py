@@ -74,6 +74,54 @@ def put_clock_on_trainer(trace):
     return figures
 
 
+def put_clock_on_loop(trace, pad_id, steps):
+    """The same for a loop of its own: steps end where the optimizer has stepped, tokens are counted as they are embedded."""
+    import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    gpu = torch.cuda.is_available()
+    figures = {"times": [], "tokens": [], "peak": None, "busy": None}
+    embedded, plain = [], torch.nn.Embedding.forward
+    kinds = [torch.profiler.ProfilerActivity.CUDA] if gpu else None
+    state = {"began": None, "trace": torch.profiler.profile(activities=kinds)}
+
+    def count(ids):  # without the padding, which repeats the token that ends a row
+        rows = ids.tolist()
+        for row in rows:
+            while row[-2:] == [pad_id, pad_id]:
+                row.pop()
+        return sum(map(len, rows))
+
+    def embed(self, ids):
+        if torch.is_grad_enabled():
+            if state["began"] is None:
+                if gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                if trace:
+                    state["trace"].start()
+                state["began"] = time.perf_counter()
+            embedded.append(ids)
+        return plain(self, ids)
+
+    def stepped(*_):
+        if gpu:
+            torch.cuda.synchronize()
+        figures["times"].append(time.perf_counter() - state["began"])
+        figures["tokens"].append(sum(map(count, embedded)))
+        embedded.clear()
+        if gpu:
+            figures["peak"] = torch.cuda.max_memory_allocated() >> 20
+        if trace and len(figures["times"]) == steps:
+            state["trace"].stop()
+            busy = sum(event.self_device_time_total for event in state["trace"].key_averages())
+            figures["busy"] = busy / 1e3 / steps
+        state["began"] = time.perf_counter()
+
+    torch.nn.Embedding.forward = embed
+    register_optimizer_step_post_hook(stepped)
+    return figures
+
+
 def train_peer(name, args, output):
     """Train with one of the peers, on the rows as their users would pass them."""
     if name == "unsloth":
@@ -156,10 +204,16 @@ def train_peer(name, args, output):
 
 
 def run_one(name, args):
-    """Train in this process with a clock on Trainer, and print one line of JSON."""
+    """Train in this process with a clock on it, and print one line of JSON."""
     if name == "unsloth":
         import unsloth  # noqa: F401  first: it changes transformers
-    figures = put_clock_on_trainer(args.trace)
+    if name == "script":
+        from transformers import AutoTokenizer
+
+        pad_id = AutoTokenizer.from_pretrained(args.model).eos_token_id or 0
+        figures = put_clock_on_loop(args.trace, pad_id, args.steps)
+    else:
+        figures = put_clock_on_trainer(args.trace)
     with tempfile.TemporaryDirectory() as output:
         if name == "script":
             flags = ["--model", args.model, "--dataset", args.rows, "--output", output]
