@@ -37,7 +37,7 @@ CONTROL = {
 }
 
 
-def write_tiny(folder, architecture="llama", template="zephyr", seed=0, layers=2):
+def write_tiny(folder, architecture="llama", template="zephyr", seed=0, layers=2, width=64):
     """Write a small random model of the Llama or Phi architecture and a byte-level BPE tokenizer."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -69,7 +69,7 @@ def write_tiny(folder, architecture="llama", template="zephyr", seed=0, layers=2
 
     shape = dict(
         vocab_size=len(tokenizer),
-        hidden_size=64,
+        hidden_size=width,
         intermediate_size=128,
         num_hidden_layers=layers,
         num_attention_heads=4,
