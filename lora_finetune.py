@@ -706,6 +706,8 @@ def main(argv=None):
     folder, limit = Path(args.output), args.max_seq_length
     lock = claim(folder, args)
     device, precision = choose_device(args)
+    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     tokenizer = pretrained(AutoTokenizer, args.model)
     frame = chat_frame(tokenizer)
     rows = encode_rows(records, tokenizer, frame, limit, source)
