@@ -304,7 +304,7 @@ def main(argv=None):
     if source.resolve() in [(folder / name).resolve() for name in FILES]:
         sys.exit(f"error: {source} would be overwritten; choose another --output")
     asked = {pair.partition("=")[0]: [fold(pair.partition("=")[2])] for pair in args.columns}
-    known = KNOWN | {"messages": []} | asked if asked else KNOWN
+    known = KNOWN | asked
     try:
         rows = read_rows(source, args.encoding, args.delimiter, known)
         frame, rejected, columns = read_records(rows, known)

@@ -583,8 +583,6 @@ MISTAKES = {
     "a parquet cut short": (parquet(question=["a"], answer=["x"])[:-9], [], "arquet"),
     "strict and a bad row": (GOOD + "c,\n", ["--strict"], "row/line 4: no output"),
     "split of one": (GOOD, ["--val-split", "1"], "--val-split 1"),
-    "split of nan": (GOOD, ["--val-split", "nan"], "--val-split nan"),
-    "a strange delimiter": (GOOD, ["--delimiter", "x"], "--delimiter.*x"),
     "a field without column": (GOOD, ["--columns", "output= "], "--columns output="),
     "an unknown option": (GOOD, ["--colums", "output=x"], "--colums"),
 }
