@@ -505,6 +505,12 @@ def add_up(figures):
     return total.tolist()
 
 
+def end_processes():
+    """Take the processes' group apart, or NCCL warns at the end."""
+    if WORLD_SIZE > 1:
+        torch.distributed.destroy_process_group()
+
+
 def learning_rate(step, total, warmup_ratio, peak):
     """Linear warmup, then half a cosine down to 0."""
     warmup = min(round(warmup_ratio * total), total - 1)
@@ -636,6 +642,7 @@ def train(args, run, model, nll_of, rows, val_rows, folder, state):
                 state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 save_checkpoint(folder / CHECKPOINT, state)
             if stopping and done < total:
+                end_processes()
                 goes_on = "the same command with --resume goes on"
                 sys.exit(f"stopped after step {done} of {total}; {goes_on}" if RANK == 0 else 1)
     return log
@@ -736,11 +743,12 @@ def main(argv=None):
             save_adapter(model, tokenizer, folder)
             config(result)
             (folder / CHECKPOINT).unlink()
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # of a full disk, tokenizers says so with a bare one
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
+            raise
         sys.exit(f"error: can't write to {folder} ({error}); free space, then --resume goes on")
     lock.release()
-    if WORLD_SIZE > 1:
-        torch.distributed.destroy_process_group()
+    end_processes()
     say(f"next: python evaluate.py --adapter {folder} --val-data {val_source or 'FILE.jsonl'}")
     return result
 
