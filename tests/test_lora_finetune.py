@@ -8,7 +8,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import shutil
@@ -28,7 +27,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import lora_finetune as lf
 
@@ -45,6 +44,7 @@ RECORDS = [
     {"instruction": "a", "input": "", "output": "b"},
     {"instruction": "ends in <", "input": "<|im", "output": "|> both ends <"},
 ]
+BOMB = b"cos\nsystem\n(S'touch exploded'\ntR."  # unpickling this makes a file
 ROWS = [
     {
         "instruction": f"Question {i}: what does object {i * 7} do?",
@@ -53,7 +53,6 @@ ROWS = [
     }
     for i in range(16)
 ]
-STRIPPED = [{key: text.strip() for key, text in row.items()} for row in ROWS]
 
 
 def write_jsonl(path, rows):
@@ -112,16 +111,6 @@ def error_line(arguments, capsys):
         line = caught.value.code
     assert isinstance(line, str) and line.startswith("error: ") and "\n" not in line, line
     return line
-
-
-class Bomb:
-    """Unpickling this makes a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
 
 
 def watch(patch, batch=lambda ids: None, step=lambda number, weights: None):
@@ -222,12 +211,10 @@ def test_there_is_never_a_doubled_bos(tiny_models, tmp_path, template, adds_bos)
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", bos)]
         )
     tokenizer.save_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert (tokenizer("a")["input_ids"][0] == bos) == adds_bos
+    assert (AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"][0] == bos) == adds_bos
     wanted = template == "llama3" or (template == "none" and adds_bos)
-    row = encoded(tmp_path, RECORDS[0])
-    assert row["input_ids"].count(bos) == wanted
-    assert (row["input_ids"][0] == bos) == wanted
+    ids = encoded(tmp_path, RECORDS[0])["input_ids"]
+    assert ids.count(bos) == (ids[0] == bos) == wanted
 
 
 TYPED = st.lists(st.sampled_from([*CONTROL_TOKENS, "Pod", " ", "<", "\n", "é"]), min_size=1)
@@ -334,20 +321,6 @@ def trainable(model):
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
-def reference_step(folder, rows, nf4, weights):
-    """(loss, gradients) of one step by hand, with the adapter's weights given."""
-    lora = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
-    lora = peft.LoraConfig(task_type="CAUSAL_LM", **lora)
-    model = peft.get_peft_model(reference_model(folder, nf4), lora)
-    for weight, value in zip(trainable(model), weights, strict=True):
-        weight.data.copy_(value)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    parts = [reference_nll(model, tokenizer, "zephyr", row) for row in rows]
-    loss = sum(nll for nll, _ in parts) / sum(count for _, count in parts)
-    loss.backward()
-    return loss.item(), [weight.grad for weight in trainable(model)]
-
-
 def assert_one_step_equals_reference(folder, rows, out, *more, tolerance=1e-5):
     """Run one optimizer step; its loss and its clipped gradients must be the reference's."""
     data, weights, gradients = write_jsonl(f"{out}.jsonl", rows), [], []
@@ -369,7 +342,16 @@ def assert_one_step_equals_reference(folder, rows, out, *more, tolerance=1e-5):
         one = ["--max-steps", 1, "--warmup-ratio", 0, "--lora-dropout", 0, "--lora-r", 8]
         lf.main(flags(folder, data, out, *one, "--lora-alpha", 16, *more))
     rows = [{key: text.strip() for key, text in row.items()} for row in rows]
-    loss, expected = reference_step(folder, rows, "--load-in-4bit" in more, weights)
+    lora = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    model = reference_model(folder, "--load-in-4bit" in more)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+    for weight, value in zip(trainable(model), weights, strict=True):
+        weight.data.copy_(value)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    parts = [reference_nll(model, tokenizer, "zephyr", row) for row in rows]
+    loss = sum(nll for nll, _ in parts) / sum(count for _, count in parts)
+    loss.backward()
+    loss, expected = loss.item(), [weight.grad for weight in trainable(model)]
     assert logged(out, "loss") == [pytest.approx(loss, rel=1e-5)]
     norm = torch.nn.utils.get_total_norm(expected).item()
     assert logged(out, "grad_norm") == [pytest.approx(norm, rel=tolerance)]
@@ -456,29 +438,20 @@ def test_each_epoch_takes_each_row_once_in_an_order_of_its_own(tiny, tmp_path, m
     assert all(epoch not in epochs[:i] for i, epoch in enumerate(epochs))
 
 
-@pytest.mark.parametrize("legacy", [True, False])
-def test_the_saved_tokenizer_splits_as_the_one_of_training(tiny, data, tmp_path, legacy):
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3, "a": 4, "\n": 5, "\u2581a": 6}
-    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
-    tokenizer = LlamaTokenizer(vocab=vocab, merges=[("\u2581", "a")], legacy=legacy)
-    tokenizer.chat_template = AutoTokenizer.from_pretrained(tiny).chat_template
-    tokenizer.init_kwargs["legacy"] = legacy
-    folder = shutil.copytree(tiny, tmp_path / "model")
-    tokenizer.save_pretrained(folder)
-    lf.main(flags(folder, data, tmp_path / "out", "--max-steps", 1))
-    text = "<s> a</s>\n a</s>a"
-    saved = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert AutoTokenizer.from_pretrained(folder)(text) == tokenizer(text) == saved(text)
-
-
 # stopping and going on ---------------------------------------------------------------------------
 
 RUN = ["--max-steps", 12, "--batch-size", 2, "--gradient-accumulation-steps", 2]
 
 
+@pytest.fixture
+def arguments(tiny, data, tmp_path):
+    """Of a run of twelve steps, with dropout and validation, into tmp_path / "out"."""
+    return flags(tiny, data, tmp_path / "out", *RUN, "--val-data", data)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tiny, data, tmp_path_factory):
-    """Folder of a run of twelve steps, with dropout and validation, that nothing stopped."""
+    """Folder of such a run that nothing stopped."""
     folder = tmp_path_factory.mktemp("undisturbed") / "out"
     lf.main(flags(tiny, data, folder, *RUN, "--val-data", data))
     return folder
@@ -486,7 +459,6 @@ def undisturbed(tiny, data, tmp_path_factory):
 
 def stopped(arguments, steps, signum=signal.SIGTERM):
     """Run main, with the signal amid the last of so many steps; returns what it says at the end."""
-
     step = [1]
 
     def stop(ids):
@@ -510,23 +482,17 @@ def resumed(arguments):
     return len(made)
 
 
-def comparable(folder):
-    timed = {"tokens_per_second", "memory_mib"}
-    return [{k: v for k, v in entry.items() if k not in timed} for entry in read_log(folder)]
-
-
 def assert_same_run(folder, other):
     assert adapter(folder) == adapter(other)
-    assert comparable(folder) == comparable(other)
+    for one, two in zip(read_log(folder), read_log(other), strict=True):
+        timed = {key: two.get(key) for key in ("tokens_per_second", "memory_mib") if key in two}
+        assert one | timed == two
     assert files(folder) == files(other)
     assert not list(Path(folder).glob("checkpoint*"))
 
 
 @pytest.mark.parametrize("steps, signum", [(1, signal.SIGINT), (5, signal.SIGTERM)])
-def test_a_stopped_run_resumed_equals_one_undisturbed(
-    tiny, data, undisturbed, tmp_path, steps, signum
-):
-    arguments = flags(tiny, data, tmp_path / "out", *RUN, "--val-data", data)
+def test_a_stopped_run_resumed_equals_another(arguments, undisturbed, tmp_path, steps, signum):
     before = signal.getsignal(signum)
     assert f"step {steps} of 12" in stopped(arguments, steps, signum)
     assert signal.getsignal(signum) == before
@@ -536,26 +502,22 @@ def test_a_stopped_run_resumed_equals_one_undisturbed(
     assert logged(tmp_path / "out", "step") == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 12]
 
 
-def test_a_run_stopped_twice_between_log_lines_leaves_the_same_log(tiny, data, tmp_path):
-    more = [*RUN, "--logging-steps", 5]
-    lf.main(flags(tiny, data, tmp_path / "undisturbed", *more))
-    arguments = flags(tiny, data, tmp_path / "out", *more)
+def test_a_run_stopped_twice_between_log_lines_leaves_the_same_log(arguments, tmp_path):
+    arguments = [*arguments, "--logging-steps", "5"]
+    lf.main([*arguments, "--output", str(tmp_path / "undisturbed")])
     stopped(arguments, 3)
     assert "step 8 of 12" in stopped([*arguments, "--resume"], 5)
     assert resumed(arguments) == 4
-    assert logged(tmp_path / "out", "step") == [5, 10, 12]
+    assert logged(tmp_path / "out", "step") == [4, 5, 8, 10, 12, 12]
     assert_same_run(tmp_path / "out", tmp_path / "undisturbed")
 
 
-def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(
-    tiny, data, undisturbed, tmp_path, capsys
-):
-    arguments = flags(tiny, data, tmp_path / "same", *RUN, "--val-data", data)
+def test_another_seed_gives_another_adapter(arguments, undisturbed, tmp_path, capsys):
     assert resumed(arguments) == 12
     assert re.search(r"^resume .*starting at step 1$", capsys.readouterr().out, re.MULTILINE)
-    assert_same_run(tmp_path / "same", undisturbed)
-    lf.main(flags(tiny, data, tmp_path / "other", *RUN, "--seed", 7))
-    assert adapter(tmp_path / "other") != adapter(undisturbed)
+    assert_same_run(tmp_path / "out", undisturbed)
+    lf.main([*arguments, "--seed", "7", "--overwrite"])
+    assert adapter(tmp_path / "out") != adapter(undisturbed)
 
 
 def write_in_halves(path, content):
@@ -602,19 +564,18 @@ def forked(tmp_path_factory):
     return start
 
 
-BEGUN, TRAINED = "time left", "\n    20 "  # said before the first step, and after the last one
-LONG = ["--max-steps", 20, "--batch-size", 2, "--gradient-accumulation-steps", 2]
+BEGUN, TRAINED = "time left", "\n    12 "  # said before the first step, and after the last one
 
 
-def test_twenty_kills_at_random_moments_lose_nothing(tiny, data, tmp_path, forked):
+def test_twenty_kills_at_random_moments_lose_nothing(arguments, undisturbed, tmp_path, forked):
     def start(folder):
-        return forked(flags(tiny, data, folder, *LONG, "--val-data", data, "--resume"))
+        return forked([*arguments, "--output", str(folder), "--resume"])
 
-    process, says = start(tmp_path / "undisturbed")
+    process, says = start(tmp_path / "calm")
     began, trained = (wait_for(words, says, process) for words in (BEGUN, TRAINED))
     process.join()
     assert process.exitcode == 0, says.read_text(encoding="utf-8")
-    spans = {BEGUN: (trained - began) / 3, TRAINED: time.monotonic() - trained}
+    spans = {BEGUN: (trained - began) / 2, TRAINED: time.monotonic() - trained}
 
     seed, kills = random.randrange(10**6), int(os.environ.get("KILLS", 20))
     print("seed of the moments:", seed)
@@ -625,27 +586,23 @@ def test_twenty_kills_at_random_moments_lose_nothing(tiny, data, tmp_path, forke
             words = moments.choice([BEGUN, BEGUN, TRAINED])
             process, says = start(out)
             wait_for(words, says, process)
-            if kills % 4 == 0 and words == BEGUN:  # just as a checkpoint is written
+            if kills % 3 == 0 and words == BEGUN:  # just as a checkpoint is written
                 while process.is_alive() and not (out / "checkpoint.new").exists():
                     time.sleep(0.001)
-                process.join(moments.uniform(0, 0.03))
+                process.join(moments.uniform(0, 0.05))
             else:
                 process.join(moments.uniform(0, spans[words]))
-            killed = kills > 0 and process.is_alive()
-            if killed:
+            if alive := kills > 0 and process.is_alive():
                 signum = moments.choice([signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT])
                 with contextlib.suppress(ProcessLookupError):  # it ended just now
                     os.kill(process.pid, signum)
                 kills -= 1
             process.join()
-            assert killed or process.exitcode == 0, says.read_text(encoding="utf-8")
-        assert_same_run(out, tmp_path / "undisturbed")
+            assert alive or process.exitcode == 0, says.read_text(encoding="utf-8")
+        assert_same_run(out, undisturbed)
 
 
-def test_a_second_run_on_one_folder_is_refused_and_does_not_disturb_the_first(
-    tiny, data, undisturbed, tmp_path, capsys, forked
-):
-    arguments = flags(tiny, data, tmp_path / "out", *RUN, "--val-data", data)
+def test_a_second_run_on_one_folder_is_refused(arguments, undisturbed, tmp_path, capsys, forked):
     first, says = forked(arguments)
     wait_for(BEGUN, says, first)
     line = error_line([*arguments, "--overwrite"], capsys)
@@ -671,7 +628,7 @@ def unfinished(tiny, data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("change", CHANGED)
-def test_resume_of_another_run_is_refused_and_nothing_touched(
+def test_resume_of_another_run_touches_nothing(
     tiny, tiny_models, data, unfinished, tmp_path, capsys, change
 ):
     other = {
@@ -686,13 +643,10 @@ def test_resume_of_another_run_is_refused_and_nothing_touched(
     assert snapshot(unfinished) == before
 
 
-@pytest.mark.parametrize(
-    "state, flag", [("unfinished", ""), ("undisturbed", "--resume"), ("undisturbed", "")]
-)
-def test_an_earlier_run_is_not_replaced_without_a_flag(
-    tiny, data, unfinished, undisturbed, capsys, state, flag
-):
-    folder, more = {"unfinished": unfinished, "undisturbed": undisturbed}[state], flag.split()
+@pytest.mark.parametrize("case", ["unfinished", "undisturbed", "undisturbed --resume"])
+def test_an_earlier_run_is_not_replaced_without_a_flag(tiny, data, request, capsys, case):
+    state, *more = case.split()
+    folder = request.getfixturevalue(state)
     before = snapshot(folder)
     line = error_line(flags(tiny, data, folder, *RUN, *more), capsys)
     assert "finished run" in line and "--overwrite" in line
@@ -701,11 +655,8 @@ def test_an_earlier_run_is_not_replaced_without_a_flag(
 
 
 @pytest.mark.parametrize("state", ["unfinished", "undisturbed"])
-def test_overwrite_replaces_an_earlier_run_and_can_be_stopped_and_resumed(
-    tiny, data, undisturbed, unfinished, tmp_path, state
-):
-    folder = tmp_path / "out"
-    shutil.copytree({"undisturbed": undisturbed, "unfinished": unfinished}[state], folder)
+def test_overwrite_replaces_an_earlier_run_also_if_stopped(tiny, data, request, tmp_path, state):
+    folder = shutil.copytree(request.getfixturevalue(state), tmp_path / "out")
     new = [*RUN, "--lora-r", 4]
     arguments = flags(tiny, data, folder, *new)
     stopped([*arguments, "--overwrite"], 5)
@@ -716,15 +667,16 @@ def test_overwrite_replaces_an_earlier_run_and_can_be_stopped_and_resumed(
     assert_same_run(folder, tmp_path / "fresh")
 
 
-def test_a_checkpoint_that_was_damaged_is_refused_and_never_unpickled(
-    tiny, data, unfinished, tmp_path, capsys
+def test_a_damaged_checkpoint_is_never_unpickled(
+    arguments, unfinished, tmp_path, capsys, monkeypatch
 ):
+    monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(unfinished, tmp_path / "out")
     (path,) = folder.glob("checkpoint*")
     whole = path.read_bytes()
-    for content in whole[: len(whole) // 2], b"", pickle.dumps(Bomb(tmp_path / "exploded")):
+    for content in whole[: len(whole) // 2], b"", BOMB:
         path.write_bytes(content)
-        line = error_line(flags(tiny, data, folder, *RUN, "--resume"), capsys)
+        line = error_line([*arguments, "--resume"], capsys)
         assert str(path) in line and "--overwrite" in line
         assert path.read_bytes() == content and not (tmp_path / "exploded").exists()
 
@@ -737,10 +689,9 @@ def test_the_finished_folder_says_what_was_done_and_holds_no_pickle(data, undist
     assert config["versions"]["torch"] == torch.__version__
     assert config["result"]["steps"] == 12
     assert config["result"]["eval_loss"] == logged(undisturbed, "eval_loss")[-1]
-    promised = "adapter_config.json adapter_model.safetensors tokenizer.json training_log.jsonl"
-    assert set(promised.split()) <= set(files(undisturbed))
-    assert not [name for name in files(undisturbed) if name.startswith(".")]
-    assert not {Path(name).suffix for name in files(undisturbed)} & {".bin", ".pt", ".pkl"}
+    names = set(files(undisturbed))
+    assert {"adapter_config.json", "tokenizer.json", "training_log.jsonl"} <= names
+    assert {Path(name).suffix for name in names} == {".json", ".jsonl", ".jinja", ".safetensors"}
     assert AutoTokenizer.from_pretrained(undisturbed).chat_template
     weights = load_file(undisturbed / "adapter_model.safetensors")
     assert len(weights) == 2 * 2 * 2  # layers x modules x (A, B)
@@ -797,9 +748,7 @@ def test_out_of_memory_gives_the_run_that_began_with_smaller_batches(
         assert_same_run(tmp_path / "out", tmp_path / "began")
 
 
-def test_out_of_memory_at_one_row_ends_in_one_line_of_advice(
-    tiny, alike, tmp_path, monkeypatch, capsys
-):
+def test_out_of_memory_at_one_row_gives_advice(tiny, alike, tmp_path, monkeypatch, capsys):
     tried = out_of_memory(monkeypatch, 0)
     line = error_line(flags(tiny, alike, tmp_path / "out"), capsys)
     assert tried == [4, 2, 1]
@@ -816,14 +765,14 @@ def test_auto_batch_size_starts_at_the_full_step_and_keeps_its_rows(tiny, alike,
         assert tried == expected
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
-    tiny, data, undisturbed, tmp_path, capsys
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
+    arguments, undisturbed, tmp_path, capsys
 ):
-    arguments, steps = flags(tiny, data, tmp_path / "out", *RUN, "--val-data", data), []
+    steps = []
     with pytest.MonkeyPatch.context() as patch:
         watch(patch, lambda ids: math.nan if len(steps) == 5 else None, lambda *s: steps.append(s))
         line = error_line([*arguments, "--logging-steps", 100], capsys)
-    assert "finite" in line and "--learning-rate" in line and "--precision" in line
+    assert "finite" in line and "--learning-rate" in line and "fp32" in line
     assert len(steps) == 5 and read_log(tmp_path / "out")  # of strict JSON
     assert not (tmp_path / "out/adapter_model.safetensors").exists()
     assert resumed(arguments) < 12
@@ -895,72 +844,16 @@ def test_what_is_shown_fits_80_columns_and_obeys_no_control_character(tiny, tmp_
 
 # mistakes ----------------------------------------------------------------------------------------
 
-GOOD = json.dumps(ROWS[0]).encode() + b"\n"
-FILES = {  # content of the data file, what the line must say
-    "empty": (b"", "no records"),
-    "blank lines": (b"\n \n\n", "no records"),
-    "binary": (bytes(range(256)) * 9, "utf-8"),
-    "latin-1 in line 2": (GOOD + '{"instruction": "é"}'.encode("latin-1"), ":2: "),
-    "broken at line 3": (GOOD + b"\n" + GOOD[:-9], ":3: "),
-    "csv": (b"instruction,input,output\na,b,c\n", ":1: "),
-    "a list in line 2": (GOOD + b"[1, 2]\n", ":2: not an object"),
-    "a whole JSON list": (b"[\n" + GOOD + b"]\n", ":1: "),
-    "a number": (b'{"instruction": "a", "output": 3}', ':1: "output" is no'),
-    "a list as input": (b'{"instruction": "a", "input": [3], "output": "b"}', ':1: "input" is no'),
-    "no output": (GOOD + b'{"instruction": "a"}', ':2: "output" is missing'),
-    "null": (b'{"instruction": null, "output": "b"}', ':1: "instruction" is missing'),
-    "blank output": (b'{"instruction": "a", "output": " \\n"}', ':1: "output" is'),
-    "half a character": (GOOD + b'{"instruction": "a", "output": "\\ud800"}', ":2: "),
-    "a number too long": (b'{"instruction": ' + b"9" * 5000 + b"}", ":1: "),
-    "nested too deep": (b"[" * 100_000, ":1: "),
-}
-OPTIONS = """--lora-r 0|--lora-r -1|--lora-r 1.5|--lora-r 99999999999|--lora-r abc|--lora-r
---lora-alpha 0|--lora-alpha nan|--lora-alpha inf|--lora-alpha -3
---lora-dropout 1|--lora-dropout -0.1|--lora-dropout nan
---learning-rate nan|--learning-rate inf|--learning-rate 0|--learning-rate -1e-4
---learning-rate 1e9|--learning-rate x
---epochs 0|--epochs nan|--epochs inf|--epochs -1|--epochs 1e99|--max-steps -2|--max-steps 1.5
---warmup-ratio -0.1|--warmup-ratio 1.1|--warmup-ratio nan
---batch-size 0|--batch-size -4|--batch-size 10000000000|--batch-size nan
---gradient-accumulation-steps 0|--gradient-accumulation-steps 10000000000
---max-seq-length 0|--max-seq-length -1|--max-seq-length 7|--max-steps 0
---seed -1|--seed 4294967296|--seed 0.5|--logging-steps 0|--logging-steps -1
---precision fp8|--target-modules|--load-in-8bit|--batch 4|--resume --overwrite"""
 
-
-@pytest.mark.parametrize("kind", FILES)
-@pytest.mark.parametrize("option", ["--dataset", "--val-data"])
-def test_a_data_file_with_a_mistake_is_refused(tiny, data, tmp_path, capsys, kind, option):
-    content, says = FILES[kind]
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-    line = error_line(flags(tiny, data, tmp_path / "out", option, path), capsys)
-    assert says in line and str(path) in line and "prepare_dataset.py" in line
-    assert os.listdir(tmp_path) == ["rows.jsonl"]
-
-
-@pytest.mark.parametrize("option", OPTIONS.replace("\n", "|").split("|"))
-def test_an_option_out_of_range_is_refused(tiny, data, tmp_path, capsys, option):
-    line = error_line(flags(tiny, data, tmp_path / "out", *option.split()), capsys)
-    assert option.split()[0] in line
-    assert not os.listdir(tmp_path)
-
-
-def edit(name, change):
-    """A function that rewrites a file in a folder: by change(bytes), or these settings of it."""
-
-    def damage(folder):
-        path = folder / name
+def damage(folder, name, change):
+    """Take a file away, or cut it to a share, or write other bytes or JSON settings to it."""
+    for path in folder.glob(name):
+        content = path.read_bytes()
+        path.unlink()
         if isinstance(change, dict):
-            path.write_text(json.dumps(json.loads(path.read_text()) | change))
-        else:
-            path.write_bytes(change(path.read_bytes()))
-
-    return damage
-
-
-def without(name):
-    return lambda folder: [path.unlink() for path in folder.glob(name)]
+            path.write_text(json.dumps(json.loads(content) | change))
+        elif change is not None:
+            path.write_bytes(change or content[: len(content) // 2])
 
 
 def drop_a_tensor(folder):
@@ -971,41 +864,36 @@ def drop_a_tensor(folder):
 
 def pickle_weights(folder):
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(folder.parent / "exploded")))
+    (folder / "pytorch_model.bin").write_bytes(BOMB)
 
 
-def add_tokens(folder, *tokens):
+def add_tokens(folder, tokens=("object",)):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([*tokens] or ["object"])
+    tokenizer.add_tokens(list(tokens))
     tokenizer.save_pretrained(folder)
 
 
+GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+OWN = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.T", None]}}
 DAMAGES = {
-    "no config": without("config.json"),
-    "no weights": without("model.safetensors"),
-    "no tokenizer": without("tokenizer*"),
-    "nothing at all": without("*"),
-    "weights cut short": edit("model.safetensors", lambda content: content[: len(content) // 2]),
-    "weights empty": edit("model.safetensors", lambda content: b""),
-    "weights are text": edit("model.safetensors", lambda content: b"version https://git-lfs\n"),
-    "config broken": edit("config.json", lambda content: content[:-20]),
-    "config of no known kind": edit("config.json", {"model_type": "lama"}),
-    "config of another width": edit("config.json", {"hidden_size": 32}),
-    "quantised by GPTQ": edit(
-        "config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    ),
-    "tokenizer broken": edit("tokenizer.json", lambda content: content[:99]),
+    "no config": ("config.json", None),
+    "no weights": ("model.safetensors", None),
+    "no tokenizer": ("tokenizer*", None),
+    "nothing at all": ("*", None),
+    "half the weights": ("model.safetensors", b""),
+    "half a config": ("config.json", b""),
+    "half a tokenizer": ("tokenizer.json", b""),
+    "weights of one byte": ("model.safetensors", b"x"),
+    "weights are text": ("model.safetensors", b"version https://git-lfs\n"),
+    "config of no known kind": ("config.json", {"model_type": "lama"}),
+    "config of another width": ("config.json", {"hidden_size": 32}),
+    "a short context": ("config.json", {"max_position_embeddings": 256}),
+    "quantised by GPTQ": ("config.json", GPTQ),
+    "code": ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}),
+    "code in the tokenizer": ("tokenizer_config.json", OWN),
     "a tensor is missing": drop_a_tensor,
     "weights pickled": pickle_weights,
     "tokens that the model lacks": add_tokens,
-    "a short context": edit("config.json", {"max_position_embeddings": 256}),
-    "code in the config": edit(
-        "config.json", {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
-    ),
-    "code in the tokenizer": edit(
-        "tokenizer_config.json",
-        {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.T", None]}},
-    ),
 }
 TEMPLATES = """{{ ''.__class__.__mro__[1].__subclasses__() }}
 {{ lipsum.__globals__['os'].mkdir('exploded') }}
@@ -1025,49 +913,13 @@ def test_a_damaged_model_folder_is_refused(tiny, data, tmp_path, capsys, monkeyp
     if kind in DAMAGES:
         model = shutil.copytree(tiny, tmp_path / "model")
         (model / "code.py").write_text("open('exploded', 'w')")
-        DAMAGES[kind](model)
+        how = DAMAGES[kind]
+        damage(model, *how) if isinstance(how, tuple) else how(model)
     else:
         model = with_template(tmp_path / "model", tiny, lambda text: kind + text)
     line = error_line(flags(model, data, tmp_path / "out", "--load-in-4bit"), capsys)
-    assert str(model) in line or "--m" in line
+    assert str(model) in line or "--m" in line or "tokenizer" in line
     assert not (tmp_path / "exploded").exists() and not files(tmp_path / "out")
-
-
-MISTAKES = """--dataset nowhere.jsonl|nowhere.jsonl: No such file
---dataset {tmp}/empty|empty/train.jsonl: No such file
---dataset {tmp}/file|file:1:
---val-data nowhere.jsonl|nowhere.jsonl: No such file
---val-data {tmp}/empty|empty: Is a directory
---dataset ""|train.jsonl: No such file
---model ""|can't load the model
---target-modules ""|--target-modules
---model nobody/no-such-model|nobody/no-such-model
---model ./no/such/folder|./no/such/folder
---model {tmp}/file|file
---model {tmp}/model.gguf|model.gguf
---target-modules query|query: no such layer
---target-modules q_proj x|x: no such layer
---target-modules proj|proj: no such layer
---target-modules norm|norm: no such layer
---target-modules lm_head|lm_head: no such layer
---output {tmp}/file|file
---output {tmp}/file/out|file/out
---max-seq-length 8|raise --max-seq-length
---max-seq-length 1025|reads 1024 tokens"""
-
-
-@pytest.mark.parametrize("case", MISTAKES.splitlines())
-def test_a_mistake_is_refused_in_one_line(tiny, data, tmp_path, capsys, monkeypatch, case):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("kept")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(100))
-    monkeypatch.chdir(tmp_path)
-    more, says = case.replace("{tmp}", str(tmp_path)).split("|")
-    more = [part.strip('"') for part in more.split(" ")]
-    line = error_line(flags(tiny, data, tmp_path / "out", *more), capsys)
-    assert says in line
-    assert files(tmp_path) == ["file", "model.gguf"]
-    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_a_read_only_output_is_refused_before_a_model_is_loaded(data, tmp_path, capsys):
@@ -1079,22 +931,20 @@ def test_a_read_only_output_is_refused_before_a_model_is_loaded(data, tmp_path, 
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.99])
-def test_a_full_disk_ends_in_one_line_and_resume_goes_on(
-    tiny, data, undisturbed, unfinished, tmp_path, capsys, share
-):
+def test_a_full_disk_ends_in_one_line(arguments, undisturbed, unfinished, capsys, share):
     (checkpoint,) = unfinished.glob("checkpoint*")
-    arguments = flags(tiny, data, tmp_path / "out", *RUN, "--val-data", data)
     with largest_file(int(checkpoint.stat().st_size * share)):
         line = error_line(arguments, capsys)
-    assert line.startswith(f"error: can't write to {tmp_path}/out") and "free space" in line
-    assert not (tmp_path / "out/adapter_model.safetensors").exists()
+    out = Path(arguments[arguments.index("--output") + 1])
+    assert line.startswith(f"error: can't write to {out}") and "free space" in line
+    assert not (out / "adapter_model.safetensors").exists()
     lf.main([*arguments, "--resume"])
-    assert_same_run(tmp_path / "out", undisturbed)
+    assert_same_run(out, undisturbed)
 
 
 def test_a_disk_that_is_full_at_the_end_ends_in_one_line(tiny, data, tmp_path, capsys):
     model = shutil.copytree(tiny, tmp_path / "model")
-    add_tokens(model, *(f"unused {number}" for number in range(2000)))
+    add_tokens(model, [f"unused {number}" for number in range(2000)])
     with largest_file((model / "tokenizer.json").stat().st_size // 2):
         line = error_line(flags(model, data, tmp_path / "out", "--max-steps", 1), capsys)
     assert line.startswith(f"error: can't write to {tmp_path}/out")

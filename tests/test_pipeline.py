@@ -5,12 +5,14 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, LlamaTokenizer
 
 import evaluate
 import lora_finetune
@@ -120,8 +122,6 @@ def test_training_helps_on_rows_it_never_saw(pipeline):
 
 def test_adapter_folder_brings_the_chat_template_to_evaluate(pipeline):
     folder, _, _, _, model = pipeline
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
     chat = [{"role": "user", "content": "Why?"}]
     prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -149,6 +149,22 @@ def test_adapter_holds_lora_weights_of_the_named_layers_only(pipeline):
     assert len(weights) == 2 * 2 * 2  # layers x modules x (A, B)
     assert all(re.search(r"\.(q_proj|v_proj)\.lora_[AB]\.", name) for name in weights)
     assert all(weight.isfinite().all() and weight.any() for weight in weights.values())
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_saved_tokenizer_splits_as_the_one_of_training(tiny, tmp_path, legacy):
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3, "a": 4, "\n": 5, "\u2581a": 6}
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    tokenizer = LlamaTokenizer(vocab=vocab, merges=[("\u2581", "a")], legacy=legacy)
+    tokenizer.chat_template = AutoTokenizer.from_pretrained(tiny).chat_template
+    tokenizer.init_kwargs["legacy"] = legacy
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    tokenizer.save_pretrained(folder)
+    paths = ["--dataset", write_jsonl(tmp_path / "d.jsonl", 4), "--output", str(tmp_path / "out")]
+    lora_finetune.main(["--model", str(folder), *paths, "--max-steps", "1"])
+    text = "<s> a</s>\n a</s>a"
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(folder)(text) == tokenizer(text) == saved(text)
 
 
 # ------------------------------------------------------------------------------- two processes
