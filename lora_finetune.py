@@ -28,8 +28,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-# on import it asks CPU users for a package that none needs
-logging.getLogger("bitsandbytes").setLevel("ERROR")
+logging.getLogger("bitsandbytes").setLevel("ERROR")  # on import it asks for what none needs
 
 import datasets
 import filelock
@@ -40,7 +39,6 @@ import torch.nn.functional as F
 import transformers
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from bitsandbytes.functional import dequantize_blockwise
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -81,17 +79,16 @@ RESUME = False  # go on from the checkpoint of a stopped run
 OVERWRITE = False  # replace what an earlier run left in OUTPUT
 # ---------------------------------------------------------------------------------------------
 
-RANGES = {"seed": (0, 2**32 - 1), "max_steps": (-1, 1e9)}  # of the other numbers: 1e-9 to 1e9
-RANGES |= dict.fromkeys(["lora_dropout", "warmup_ratio"], (0, 0.99))
+RANGES = {"epochs": (0.01, 1e4), "learning_rate": (1e-9, 1), "lora_alpha": (1e-3, 1e5)}
+RANGES |= {"max_seq_length": (8, 2**20), "max_steps": (-1, 2**31), "seed": (0, 2**32 - 1)}
+RANGES |= {"lora_dropout": (0, 0.99), "warmup_ratio": (0, 0.99)}  # of the other numbers: from 1
 MAY_CHANGE = """dataset val_data output logging_steps resume overwrite gradient_checkpointing
 auto_batch_size""".split()  # on --resume; of the dataset the content counts
 MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
 CHECKPOINT, LOG, ADAPTER = "checkpoint.pt", "training_log.jsonl", "adapter_model.safetensors"
-NOT_FINITE = (
-    "error: loss or gradients are no longer finite; lower --learning-rate, or try bf16 or fp32"
-)
-OUT_OF_MEMORY = """error: out of memory at one row; in this order: --gradient-checkpointing, a smaller
---max-seq-length, --load-in-4bit, a smaller --lora-r, a smaller --model""".replace("\n", " ")
+NOT_FINITE = "error: loss or gradients not finite; lower --learning-rate, or --precision fp32"
+LINE = """{step:>6} {epoch:>7.2f} {loss:>8.4f} {learning_rate:>9.2e} {grad_norm:>10.3f}
+{tokens_per_second:>10,.0f} {memory_mib:>6,} {left!s:>10}""".replace("\n", " ")
 ALPACA_TEMPLATE = (  # for tokenizers that come without a chat template
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "### Instruction:\n{{ message['content'] }}\n\n### Response:\n"
@@ -110,40 +107,42 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("lora_finetune.py", allow_abbrev=False, **shown)
     switch, path = argparse.BooleanOptionalAction, os.path.expanduser
 
-    def add(flag, help, **options):
-        parser.add_argument(flag, **options).help = f"{help} (default: %(default)s)"
+    def add(flag, default, help, **options):
+        help = f"{help} (default: %(default)s)"
+        parser.add_argument(flag, default=default, help=help, **options)
 
-    add("--dataset", "JSONL, or folder of train.jsonl and val.jsonl", default=DATASET, type=path)
-    add("--val-data", "JSONL that is measured after each epoch", default=VAL_DATA, type=path)
-    add("--max-seq-length", "tokens of a row", default=MAX_SEQ_LENGTH, type=int)
-    add("--model", "Hugging Face name or local folder", default=MODEL, type=path)
-    add("--load-in-4bit", "NF4 weights", default=LOAD_IN_4BIT, action=switch)
-    add("--precision", "of numbers", default=PRECISION, choices=["fp16", "bf16", "fp32"])
-    add("--lora-r", "rank", default=LORA_R, type=int)
-    add("--lora-alpha", "scale x rank", default=LORA_ALPHA, type=float)
-    add("--lora-dropout", "share dropped", default=LORA_DROPOUT, type=float)
-    add("--target-modules", "linear layers to adapt", default=TARGET_MODULES, nargs="+")
-    add("--epochs", "passes over the data", default=EPOCHS, type=float)
-    add("--max-steps", "instead of epochs; -1: off", default=MAX_STEPS, type=int)
-    add("--learning-rate", "at its peak", default=LEARNING_RATE, type=float)
-    add("--warmup-ratio", "share of the steps", default=WARMUP_RATIO, type=float)
-    add("--batch-size", "longest rows at once", default=BATCH_SIZE, type=int)
-    times, recompute = GRADIENT_ACCUMULATION_STEPS, GRADIENT_CHECKPOINTING
-    add("--gradient-accumulation-steps", "times that is a step", default=times, type=int)
-    add("--gradient-checkpointing", "less memory, slower", default=recompute, action=switch)
-    add("--auto-batch-size", "as many rows as fit", default=AUTO_BATCH_SIZE, action=switch)
-    add("--group-by-length", "rows of like length a step", default=GROUP_BY_LENGTH, action=switch)
-    add("--seed", "same seed, same run", default=SEED, type=int)
-    add("--output", "folder", default=OUTPUT, type=path)
-    add("--logging-steps", "steps between log lines", default=LOGGING_STEPS, type=int)
-    add("--resume", "go on with a stopped run", default=RESUME, action=switch)
-    add("--overwrite", "replace an earlier run", default=OVERWRITE, action=switch)
+    add("--dataset", DATASET, "JSONL, or folder of train.jsonl and val.jsonl", type=path)
+    add("--val-data", VAL_DATA, "JSONL that is measured after each epoch", type=path)
+    add("--max-seq-length", MAX_SEQ_LENGTH, "tokens of a row", type=int)
+    add("--model", MODEL, "Hugging Face name or local folder", type=path)
+    add("--load-in-4bit", LOAD_IN_4BIT, "NF4 weights", action=switch)
+    add("--precision", PRECISION, "of numbers", choices=["fp16", "bf16", "fp32"])
+    add("--lora-r", LORA_R, "rank", type=int)
+    add("--lora-alpha", LORA_ALPHA, "scale x rank", type=float)
+    add("--lora-dropout", LORA_DROPOUT, "share dropped", type=float)
+    add("--target-modules", TARGET_MODULES, "linear layers to adapt", nargs="+")
+    add("--epochs", EPOCHS, "passes over the data", type=float)
+    add("--max-steps", MAX_STEPS, "instead of epochs; -1: off", type=int)
+    add("--learning-rate", LEARNING_RATE, "at its peak", type=float)
+    add("--warmup-ratio", WARMUP_RATIO, "share of the steps", type=float)
+    add("--batch-size", BATCH_SIZE, "longest rows at once", type=int)
+    add("--gradient-accumulation-steps", GRADIENT_ACCUMULATION_STEPS, "times that", type=int)
+    add("--gradient-checkpointing", GRADIENT_CHECKPOINTING, "less memory, slower", action=switch)
+    add("--auto-batch-size", AUTO_BATCH_SIZE, "as many rows as fit", action=switch)
+    add("--group-by-length", GROUP_BY_LENGTH, "rows of like length a step", action=switch)
+    add("--seed", SEED, "same seed, same run", type=int)
+    add("--output", OUTPUT, "folder", type=path)
+    add("--logging-steps", LOGGING_STEPS, "steps between log lines", type=int)
+    add("--resume", RESUME, "go on with a stopped run", action=switch)
+    add("--overwrite", OVERWRITE, "replace an earlier run", action=switch)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        low, high = RANGES.get(name, (1e-9, 1e9))
+        low, high = RANGES.get(name, (1, 2**31))
         if type(value) in (int, float) and not low <= value <= high:
             flag = name.replace("_", "-")
             parser.error(f"argument --{flag}: must be from {low} to {high}, not {value}")
+    if args.max_steps == 0:
+        parser.error("argument --max-steps: must be at least 1, or -1 for --epochs")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run, --overwrite drops it; choose one")
     return args
@@ -204,24 +203,23 @@ def read_jsonl(path):
     return records or sys.exit(f"error: {path}: no records in it; {advice}")
 
 
-def claim(folder, args):
-    """Refuse a folder whose run no flag gives up, or another process has; returns the lock on it."""
+@contextlib.contextmanager
+def claimed(folder, args):
+    """Within, the output folder is this run's alone; refuses one whose run no flag gives up."""
     unfinished = (folder / CHECKPOINT).exists()
-    if unfinished and not (args.resume or args.overwrite):
-        flags = "--resume goes on with it, --overwrite drops it"
-        sys.exit(f"error: {folder} holds an unfinished run; {flags}")
-    if (folder / ADAPTER).exists() and not (unfinished or args.overwrite):
-        sys.exit(f"error: {folder} holds a finished run; choose another --output or --overwrite it")
-    lock = filelock.FileLock(folder / ".lock")
+    held = (folder / ADAPTER).exists() and not unfinished or unfinished and not args.resume
+    if held and not args.overwrite:
+        way = "an unfinished run; --resume" if unfinished else "a finished run; another --output"
+        sys.exit(f"error: {folder} holds {way} keeps it, --overwrite drops it")
     try:
-        if RANK == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
+        with filelock.FileLock(folder / f".lock{RANK or ''}", timeout=0):
+            yield
     except filelock.Timeout:
         sys.exit(f"error: another run writes to {folder}; end it or choose another --output")
-    except OSError as error:
-        sys.exit(f"error: can't write to {folder} ({error}); choose another --output")
-    return lock
+    except Exception as error:  # safetensors and tokenizers have their own of a full disk
+        if not (isinstance(error, OSError) or "os error" in str(error)):
+            raise
+        sys.exit(f"error: can't write to {folder} ({error}); free space, or another --output")
 
 
 def memory_mib():
@@ -234,8 +232,7 @@ def memory_mib():
 def choose_device(args):
     """Return the device of this process and the precision it computes in, and say which."""
     if not torch.cuda.is_available():
-        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs"
-        say(f"device      no GPU found by torch for {build}; training on the CPU in fp32")
+        say(f"device      no GPU found by torch {torch.__version__}; training on the CPU in fp32")
         return "cpu", "fp32"
     device = int(os.environ.get("LOCAL_RANK", 0))  # one process uses one GPU, whatever is there
     torch.cuda.set_device(device)
@@ -326,9 +323,7 @@ def encode_rows(records, tokenizer, frame, max_length, path):
     lengths = sorted(rows["length"])
     kept = [i for i, count in enumerate(rows["answer_tokens"]) if count]
     cut, dropped = sum(length > max_length for length in lengths), len(rows) - len(kept)
-    say(
-        f"data        {len(kept):,} rows <- {path}; {cut:,} cut, {dropped:,} dropped (no answer left)"
-    )
+    say(f"data        {len(kept):,} rows <- {path}; {cut:,} cut, {dropped:,} dropped, all prompt")
     median, p95 = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
     sizes = f"median {median:,}, p95 {p95:,}, max {lengths[-1]:,}"
     say(f"            tokens: {sizes} (--max-seq-length that cuts none)")
@@ -373,14 +368,14 @@ def fingerprint(model):
     return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:16]
 
 
-def check_fit(base, tokenizer, rows, max_length):
+def check_fit(base, tokenizer, rows, args):
     """Refuse rows that are longer than the model reads, or have tokens that it lacks."""
     context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if context and max_length > context:
-        sys.exit(f"error: --max-seq-length {max_length}: this model reads {context} tokens")
+    if context and args.max_seq_length > context:
+        sys.exit(f"error: --max-seq-length is too large; this model reads {context} tokens")
     size = len(base.get_input_embeddings().weight)
     if len(tokenizer) > size and max(map(max, rows["input_ids"])) >= size:
-        sys.exit(f"error: rows have tokens beyond the model's {size:,}; take its own tokenizer")
+        sys.exit(f"error: {args.model} lacks tokens of its tokenizer; take the one it came with")
 
 
 def find_head(model):
@@ -397,18 +392,18 @@ def find_head(model):
 
 def put_adapter(base, args):
     """Put a fresh LoRA adapter on a base, in float32; the base stays frozen."""
-    modules = base.named_modules()
-    linear = [name for name, module in modules if isinstance(module, (torch.nn.Linear, Conv1D))]
-    for target in args.target_modules:
-        if not any(f".{name}".endswith(f".{target}") for name in linear):
-            names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            sys.exit(f"error: --target-modules {target}: no such layer; this model has {names}")
+    kinds, head = (torch.nn.Linear, Conv1D), base.get_output_embeddings()
+    linear = [name for name, m in base.named_modules() if isinstance(m, kinds) and m is not head]
+    layers = {name.rpartition(".")[2] for name in linear}
+    if lacking := ", ".join(sorted(set(args.target_modules) - layers)):
+        names = ", ".join(sorted(layers))
+        sys.exit(f"error: --target-modules {lacking}: no such layer; this model has {names}")
     torch.manual_seed(args.seed)
     lora = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     lora = peft.LoraConfig(target_modules=args.target_modules, task_type="CAUSAL_LM", **lora)
     if args.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    return peft.get_peft_model(base, lora)
+    return peft.get_peft_model(base, lora).train()
 
 
 def show_example(row, tokenizer):
@@ -469,15 +464,13 @@ def micro_batches(rows, room):
         rows = rows[size:]
 
 
-def add_gradients(nll_of, rows, room, tokens, seed, scaler, optimizer):
-    """Run a step's rows forward and backward; returns their NLL divided by `tokens`, and `room`.
-
-    Out of memory, it begins again with half the room: more micro-batches, the same gradients.
-    """
+def add_gradients(nll_of, rows, room, seed, scaler, optimizer):
+    """Run this process' share of a step forward and backward; returns it of the loss, and `room`."""
+    tokens, mine = sum(row["answer_tokens"] for row in rows), rows[RANK::WORLD_SIZE]
     torch.manual_seed(seed)  # of dropout, so that --resume and a second try repeat it
     loss = 0.0
     try:
-        for part in micro_batches(rows, room):
+        for part in micro_batches(mine, room):
             nll = nll_of(part).sum() / tokens
             scaler.scale(nll).backward()
             loss += nll.detach()
@@ -486,15 +479,18 @@ def add_gradients(nll_of, rows, room, tokens, seed, scaler, optimizer):
         if not should_reduce_batch_size(error):
             raise
     if room <= len(rows[0]["input_ids"]):
-        sys.exit(OUT_OF_MEMORY)
+        advice = (
+            "--gradient-checkpointing, --load-in-4bit, smaller --max-seq-length, --lora-r, --model"
+        )
+        sys.exit(f"error: out of memory with one row at once; try in this order {advice}")
+    say(f"out of memory: going on with {room // 2:,} tokens at once, the same rows a step")
     optimizer.zero_grad(set_to_none=False)
     clear_device_cache(garbage_collection=True)
-    say(f"out of memory: going on with {room // 2:,} tokens at once, the same rows a step")
-    return add_gradients(nll_of, rows, room // 2, tokens, seed, scaler, optimizer)
+    return add_gradients(nll_of, rows, room // 2, seed, scaler, optimizer)
 
 
-def add_up(figures):
-    """Sum a list of numbers over all processes; ends this one where another has ended."""
+def add_up(figures, weights=()):
+    """Sum numbers, then gradients, over all processes; ends this one where another has ended."""
     if WORLD_SIZE == 1:
         return figures
     total = torch.tensor(figures, dtype=torch.float64)
@@ -502,13 +498,9 @@ def add_up(figures):
         torch.distributed.all_reduce(total)  # on the CPU: it sees at once that a process is gone
     except RuntimeError:
         sys.exit(1)  # the other one has said why
+    for weight in weights:  # LoRA's are a few MB: no wrapper around the model
+        torch.distributed.all_reduce(weight.grad)
     return total.tolist()
-
-
-def end_processes():
-    """Take the processes' group apart, or NCCL warns at the end."""
-    if WORLD_SIZE > 1:
-        torch.distributed.destroy_process_group()
 
 
 def learning_rate(step, total, warmup_ratio, peak):
@@ -529,11 +521,15 @@ def validate(model, nll_of, rows, room):
             total += nll_of(part).double().sum().item()
     model.train()
     total, tokens = add_up([total, sum(row["answer_tokens"] for row in ordered)])
-    return total / tokens
+    loss = total / tokens
+    say(f"validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.3f}")
+    return loss
 
 
-def save_checkpoint(path, state):
+def save_checkpoint(path, state, model, optimizer, scaler):
     """Write all that a resumed run needs, whole or not at all."""
+    state |= {"adapter": peft.get_peft_model_state_dict(model)}
+    state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     buffer = io.BytesIO()  # on a full disk torch.save itself raises no OSError
     torch.save(state, buffer)
     path.with_suffix(".new").write_bytes(buffer.getvalue())
@@ -556,58 +552,43 @@ def read_checkpoint(path, run):
     return state
 
 
-def log_entry(path, log, entry, left=""):
-    """Print an entry and append it to the log: the list, and the file of strict JSON."""
-    if "eval_loss" in entry:
-        perplexity = math.exp(min(entry["eval_loss"], 700))
-        say(f"validation loss {entry['eval_loss']:.4f}, perplexity {perplexity:.3f}")
-    else:
-        form = "{step:>6} {epoch:>7.2f} {loss:>8.4f} {learning_rate:>9.2e} {grad_norm:>10.3f} "
-        say(
-            (form + "{tokens_per_second:>10,.0f} {memory_mib:>6,} ").format(**entry) + f"{left:>10}"
-        )
+def log_entry(log, file, entry):
+    """Append an entry to the log: the list, and the file of strict JSON."""
     log.append({key: value if math.isfinite(value) else None for key, value in entry.items()})
-    if RANK == 0:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(log[-1]) + "\n")
+    file.write(json.dumps(log[-1]) + "\n")
 
 
 def train(args, run, model, nll_of, rows, val_rows, folder, state):
-    """The training loop, each part of a step in the order it happens; returns the log's entries."""
+    """The training loop, each part of a step in the order it happens; returns the log, and the steps done."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
     scaler = torch.amp.GradScaler(enabled=run["precision"] == "fp16")
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    for i, weight in enumerate(weights):
-        weight.data.copy_(state["weights"][i] if state else weight.data)
+    for weight in weights:
         weight.grad = torch.zeros_like(weight)  # a process may have no row in a step
     first, log, losses = state.get("step", 0), state.get("log", []), state.get("losses", [])
+    if state:
+        peft.set_peft_model_state_dict(model, state["adapter"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
     total, rows_per_step, epoch_steps = run["steps"], run["rows_per_step"], run["epoch_steps"]
     lengths = torch.tensor(rows["length"]).clamp(max=args.max_seq_length)
-    answer_tokens = torch.tensor(rows["answer_tokens"])
     at_once = rows_per_step // WORLD_SIZE if args.auto_batch_size else args.batch_size
     room = at_once * lengths.max().item()  # tokens of a micro-batch
-    if RANK == 0:
-        (folder / LOG).write_text("".join(json.dumps(entry) + "\n" for entry in log), "utf-8")
     say("  step   epoch     loss        lr  grad norm   tokens/s    MiB  time left")
-    seen, clock, began, asked = 0, time.monotonic(), time.monotonic(), []
-    model.train()
+    done, seen, clock, began, asked = first, 0, time.monotonic(), time.monotonic(), []
+    bar = tqdm(range(first, total), initial=first, total=total, leave=False, disable=HIDE_BARS)
     with contextlib.ExitStack() as undo:
         for signum in (signal.SIGINT, signal.SIGTERM):  # heeded when the step is done
             before = signal.signal(signum, lambda *signum: asked.append(signum))
             undo.callback(signal.signal, signum, before)
-        bar = undo.enter_context(tqdm(total=total, initial=first, disable=HIDE_BARS, leave=False))
-        for step in range(first, total):
+        path = folder / LOG if RANK == 0 else os.devnull
+        file = undo.enter_context(open(path, "w", buffering=1, encoding="utf-8"))
+        file.writelines(json.dumps(entry) + "\n" for entry in log)
+        for step in bar:
             chosen = rows_of_step(step, lengths, rows_per_step, args.seed, args.group_by_length)
-            batch = [rows[i] for i in chosen[RANK::WORLD_SIZE]]
-            tokens, seed = answer_tokens[chosen].sum().item(), args.seed + step * WORLD_SIZE + RANK
-            loss, room = add_gradients(nll_of, batch, room, tokens, seed, scaler, optimizer)
-            loss, stopping = add_up([loss, len(asked)])
-            if WORLD_SIZE > 1:  # LoRA's gradients are a few MB: no wrapper around the model
-                for weight in weights:
-                    torch.distributed.all_reduce(weight.grad)
+            batch, seed = [rows[i] for i in chosen], args.seed + step * WORLD_SIZE + RANK
+            loss, room = add_gradients(nll_of, batch, room, seed, scaler, optimizer)
+            loss, stopping = add_up([loss, len(asked)], weights)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM).item()
             if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
@@ -618,34 +599,26 @@ def train(args, run, model, nll_of, rows, val_rows, folder, state):
             scaler.update()
             optimizer.zero_grad(set_to_none=False)
 
-            bar.update()
             done, losses, seen = step + 1, [*losses, loss], seen + lengths[chosen].sum().item()
-            entry = {"step": done, "epoch": round(done / epoch_steps, 4)}
-            if done % args.logging_steps == 0 or done == total:
-                now, mean = time.monotonic(), sum(losses) / len(losses)
+            ends, at = done == total, {"step": done, "epoch": round(done / epoch_steps, 4)}
+            if ends or done % args.logging_steps == 0:
+                now = time.monotonic()
                 left = timedelta(seconds=round((now - began) / (done - first) * (total - done)))
-                figures = {"loss": mean, "learning_rate": lr, "grad_norm": norm}
-                figures |= {"tokens_per_second": round(seen / (now - clock), 1)}
-                log_entry(
-                    folder / LOG, log, entry | figures | {"memory_mib": memory_mib()}, str(left)
-                )
+                entry = at | {"loss": sum(losses) / len(losses), "learning_rate": lr}
+                entry |= {"grad_norm": norm, "tokens_per_second": round(seen / (now - clock), 1)}
+                entry |= {"memory_mib": memory_mib()}
+                say(LINE.format(**entry, left=left))
+                log_entry(log, file, entry)
                 losses, seen, clock = [], 0, now
-            if val_rows and (done % epoch_steps == 0 or done == total):
-                log_entry(
-                    folder / LOG,
-                    log,
-                    entry | {"eval_loss": validate(model, nll_of, val_rows, room)},
-                )
+            if val_rows and (ends or done % epoch_steps == 0):
+                log_entry(log, file, at | {"eval_loss": validate(model, nll_of, val_rows, room)})
                 clock = time.monotonic()
-            if RANK == 0 and (stopping or done == total or done % math.ceil(total / 10) == 0):
-                state = {"run": run, "step": done, "log": log, "losses": losses, "weights": weights}
-                state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                save_checkpoint(folder / CHECKPOINT, state)
-            if stopping and done < total:
-                end_processes()
-                goes_on = "the same command with --resume goes on"
-                sys.exit(f"stopped after step {done} of {total}; {goes_on}" if RANK == 0 else 1)
-    return log
+            if RANK == 0 and (ends or stopping or done % math.ceil(total / 10) == 0):
+                state = {"run": run, "step": done, "log": log, "losses": losses}
+                save_checkpoint(folder / CHECKPOINT, state, model, optimizer, scaler)
+            if stopping and not ends:
+                break
+    return log, done
 
 
 def save_adapter(model, tokenizer, folder):
@@ -691,11 +664,10 @@ def summarize(log, total):
     result = {"steps": total, "memory_mib": memory_mib()}
     for entry in log:  # the last of each stays
         result |= {key: entry[key] for key in ("loss", "eval_loss") if key in entry}
-    measured = [entry for entry in log if entry.get("eval_loss") is not None]
-    best = min(measured, key=lambda entry: entry["eval_loss"], default=None)
-    if best and best is not measured[-1]:
-        lowest = f"lowest after epoch {best['epoch']:g}: {best['eval_loss']:.3f}"
-        say(f"validation  loss was {lowest}, now {result['eval_loss']:.3f}; fewer --epochs")
+    measured = {entry["epoch"]: entry["eval_loss"] for entry in log if entry.get("eval_loss")}
+    best = min(measured, key=measured.get, default=None)
+    if best and measured[best] != result["eval_loss"]:
+        say(f"validation  lowest after epoch {best:g}, {measured[best]:.3f}: try fewer --epochs")
     return result
 
 
@@ -711,44 +683,44 @@ def main(argv=None):
     source, val_source = find_data(args)
     records, val_records = read_jsonl(source), val_source and read_jsonl(val_source)
     folder, limit = Path(args.output), args.max_seq_length
-    lock = claim(folder, args)
-    device, precision = choose_device(args)
-    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
-    tokenizer = pretrained(AutoTokenizer, args.model)
-    frame = chat_frame(tokenizer)
-    rows = encode_rows(records, tokenizer, frame, limit, source)
-    val_rows = val_records and encode_rows(val_records, tokenizer, frame, limit, val_source)
-    run = plan(args, precision, len(rows), source)
-    state = read_checkpoint(folder / CHECKPOINT, run) if args.resume else {}
+    with claimed(folder, args):
+        device, precision = choose_device(args)
+        if WORLD_SIZE > 1:
+            backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+            torch.distributed.init_process_group(backend)
+        tokenizer = pretrained(AutoTokenizer, args.model)
+        frame = chat_frame(tokenizer)
+        rows = encode_rows(records, tokenizer, frame, limit, source)
+        val_rows = val_records and encode_rows(val_records, tokenizer, frame, limit, val_source)
+        run = plan(args, precision, len(rows), source)
+        state = read_checkpoint(folder / CHECKPOINT, run) if args.resume else {}
 
-    base = load_base(args.model, device, precision, args.load_in_4bit)
-    check_fit(base, tokenizer, rows, limit)
-    nll_of = partial(response_nll, base, find_head(base), tokenizer.eos_token_id or 0)
-    model = put_adapter(base, args)
-    say(f"model       {args.model}, {memory_mib():,} MiB")
-    say(f"adapter     {model.get_nb_trainable_parameters()[0]:,} parameters are trained")
-    steps = "{steps:,} steps of {rows_per_step} rows ({epoch_steps:,} steps an epoch)"
-    say(f"training    {steps.format(**run)}")
-    show_example(rows[0], tokenizer)
-    config = partial(write_config, folder, args, run, base, source, len(rows))
-    try:
+        base = load_base(args.model, device, precision, args.load_in_4bit)
+        check_fit(base, tokenizer, rows, args)
+        nll_of = partial(response_nll, base, find_head(base), tokenizer.eos_token_id or 0)
+        model = put_adapter(base, args)
+        say(f"model       {args.model}, {memory_mib():,} MiB")
+        say(f"adapter     {model.get_nb_trainable_parameters()[0]:,} parameters are trained")
+        steps = "{steps:,} steps of {rows_per_step} rows ({epoch_steps:,} steps an epoch)"
+        say(f"training    {steps.format(**run)}")
+        show_example(rows[0], tokenizer)
+
+        config = partial(write_config, folder, args, run, base, source, len(rows))
         if RANK == 0:  # what an overwritten run left goes first
-            for name in [ADAPTER, LOG] if state else [ADAPTER, LOG, CHECKPOINT]:
+            for name in [ADAPTER] if state else [ADAPTER, CHECKPOINT]:
                 (folder / name).unlink(missing_ok=True)
             config(result=None)
-        log = train(args, run, model, nll_of, rows, val_rows, folder, state)
+        log, done = train(args, run, model, nll_of, rows, val_rows, folder, state)
+        if WORLD_SIZE > 1:
+            torch.distributed.destroy_process_group()
+        if done < run["steps"]:
+            end = f"stopped after step {done} of {run['steps']}; --resume goes on with it"
+            sys.exit(end if RANK == 0 else 1)
         result = summarize(log, run["steps"])
         if RANK == 0:
             save_adapter(model, tokenizer, folder)
-            config(result)
+            config(result=result)
             (folder / CHECKPOINT).unlink()
-    except Exception as error:  # of a full disk, tokenizers says so with a bare one
-        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
-            raise
-        sys.exit(f"error: can't write to {folder} ({error}); free space, then --resume goes on")
-    lock.release()
-    end_processes()
     say(f"next: python evaluate.py --adapter {folder} --val-data {val_source or 'FILE.jsonl'}")
     return result
 
