@@ -108,8 +108,7 @@ def parse_args(argv=None):
     switch, path = argparse.BooleanOptionalAction, os.path.expanduser
 
     def add(flag, default, help, **options):
-        help = f"{help} (default: %(default)s)"
-        parser.add_argument(flag, default=default, help=help, **options)
+        parser.add_argument(flag, default=default, help=f"{help} (default: %(default)s)", **options)
 
     add("--dataset", DATASET, "JSONL, or folder of train.jsonl and val.jsonl", type=path)
     add("--val-data", VAL_DATA, "JSONL that is measured after each epoch", type=path)
@@ -139,8 +138,7 @@ def parse_args(argv=None):
     for name, value in vars(args).items():
         low, high = RANGES.get(name, (1, 2**31))
         if type(value) in (int, float) and not low <= value <= high:
-            flag = name.replace("_", "-")
-            parser.error(f"argument --{flag}: must be from {low} to {high}, not {value}")
+            parser.error(f"argument --{name.replace('_', '-')}: must be from {low} to {high}")
     if args.max_steps == 0:
         parser.error("argument --max-steps: must be at least 1, or -1 for --epochs")
     if args.resume and args.overwrite:
@@ -479,10 +477,8 @@ def add_gradients(nll_of, rows, room, seed, scaler, optimizer):
         if not should_reduce_batch_size(error):
             raise
     if room <= len(rows[0]["input_ids"]):
-        advice = (
-            "--gradient-checkpointing, --load-in-4bit, smaller --max-seq-length, --lora-r, --model"
-        )
-        sys.exit(f"error: out of memory with one row at once; try in this order {advice}")
+        advice = "--gradient-checkpointing, a smaller --max-seq-length, --load-in-4bit, --model"
+        sys.exit(f"error: out of memory with one row at once; in this order: {advice}")
     say(f"out of memory: going on with {room // 2:,} tokens at once, the same rows a step")
     optimizer.zero_grad(set_to_none=False)
     clear_device_cache(garbage_collection=True)
@@ -602,11 +598,10 @@ def train(args, run, model, nll_of, rows, val_rows, folder, state):
             done, losses, seen = step + 1, [*losses, loss], seen + lengths[chosen].sum().item()
             ends, at = done == total, {"step": done, "epoch": round(done / epoch_steps, 4)}
             if ends or done % args.logging_steps == 0:
-                now = time.monotonic()
+                now, mean = time.monotonic(), sum(losses) / len(losses)
                 left = timedelta(seconds=round((now - began) / (done - first) * (total - done)))
-                entry = at | {"loss": sum(losses) / len(losses), "learning_rate": lr}
-                entry |= {"grad_norm": norm, "tokens_per_second": round(seen / (now - clock), 1)}
-                entry |= {"memory_mib": memory_mib()}
+                entry = at | {"loss": mean, "learning_rate": lr, "grad_norm": norm}
+                entry |= {"tokens_per_second": seen // (now - clock), "memory_mib": memory_mib()}
                 say(LINE.format(**entry, left=left))
                 log_entry(log, file, entry)
                 losses, seen, clock = [], 0, now
@@ -616,7 +611,7 @@ def train(args, run, model, nll_of, rows, val_rows, folder, state):
             if RANK == 0 and (ends or stopping or done % math.ceil(total / 10) == 0):
                 state = {"run": run, "step": done, "log": log, "losses": losses}
                 save_checkpoint(folder / CHECKPOINT, state, model, optimizer, scaler)
-            if stopping and not ends:
+            if stopping:
                 break
     return log, done
 
@@ -645,7 +640,10 @@ def plan(args, precision, rows, source):
     run["rows_per_step"] = args.batch_size * args.gradient_accumulation_steps * WORLD_SIZE
     run["epoch_steps"] = math.ceil(rows / run["rows_per_step"])
     run["steps"] = math.ceil(args.epochs * run["epoch_steps"])
-    return run | ({"steps": args.max_steps} if args.max_steps > 0 else {})
+    run |= {"steps": args.max_steps} if args.max_steps > 0 else {}
+    form = "training    {steps:,} steps of {rows_per_step} rows ({epoch_steps:,} steps an epoch)"
+    say(form.format(**run))
+    return run
 
 
 def write_config(folder, args, run, base, source, rows, result=None):
@@ -701,8 +699,6 @@ def main(argv=None):
         model = put_adapter(base, args)
         say(f"model       {args.model}, {memory_mib():,} MiB")
         say(f"adapter     {model.get_nb_trainable_parameters()[0]:,} parameters are trained")
-        steps = "{steps:,} steps of {rows_per_step} rows ({epoch_steps:,} steps an epoch)"
-        say(f"training    {steps.format(**run)}")
         show_example(rows[0], tokenizer)
 
         config = partial(write_config, folder, args, run, base, source, len(rows))
