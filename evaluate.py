@@ -43,6 +43,7 @@ from accelerate.utils.memory import clear_device_cache
 from bitsandbytes.functional import dequantize_blockwise
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
@@ -59,7 +60,7 @@ VAL_DATA = None  # JSONL to measure perplexity on, unseen in training
 VAL_PROMPTS = 5  # how many of its questions are asked, too
 # generation
 MAX_NEW_TOKENS = 256  # an answer is cut there
-BATCH_SIZE = 8  # prompts answered at once: speed against memory
+BATCH_SIZE = 8  # prompts at once, half as many rows: speed against memory
 # output
 OUTPUT = "output/eval_results.json"  # the page beside it ends in .html
 # ---------------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ def parse_args(argv=None):
     add("--val-data", "JSONL to measure perplexity on", default=VAL_DATA, type=path)
     add("--val-prompts", "questions of it that are asked", default=VAL_PROMPTS, type=int)
     add("--max-new-tokens", "an answer is cut there", default=MAX_NEW_TOKENS, type=int)
-    add("--batch-size", "prompts answered at once", default=BATCH_SIZE, type=int)
+    add("--batch-size", "prompts at once, half as many rows", default=BATCH_SIZE, type=int)
     add("--output", "JSON file; the page beside it ends in .html", default=OUTPUT, type=path)
     args = parser.parse_args(argv)
     for name, low in ("val_prompts", 0), ("max_new_tokens", 1), ("batch_size", 1):
@@ -336,6 +337,18 @@ def fingerprint(model):
     return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:16]
 
 
+def find_head(model):
+    """The head, where logits are head(hidden states) and no more; else None (Gemma 2, Granite)."""
+    head, probe = model.get_output_embeddings(), torch.arange(8, device=model.device)[None]
+    with torch.no_grad():
+        logits = model(input_ids=probe, use_cache=False).logits.float()
+        hidden = model.base_model(input_ids=probe, use_cache=False)[0]
+        if head is None or hidden.shape[-1] != head.weight.shape[-1]:
+            return None
+        difference = head(hidden.to(head.weight.dtype)).float() - logits
+    return head if difference.norm() < 1e-3 * logits.norm() else None
+
+
 def load_pair(trained, folder):
     """Load the base and put the adapter on it, checking that the two belong together."""
     name, device = trained["model"], 0 if torch.cuda.is_available() else "cpu"
@@ -366,7 +379,8 @@ def encode_all(model, tokenizer, frame, asked, groups, trained, args):
     limit, ids, encoded = trained["max_seq_length"] or context, [*prompts], {}
     for name, records in groups.items():
         rows = [encode(record, tokenizer, frame, limit) for record in records]
-        encoded[name] = [row for row in rows if row["answer_tokens"]]
+        rows = [row for row in rows if row["answer_tokens"]]
+        encoded[name] = sorted(rows, key=lambda row: -len(row["input_ids"]))
         ids += [row["input_ids"] for row in encoded[name]]
         if not encoded[name]:
             sys.exit(f"error: {args.val_data}: no answer within {limit} tokens; take shorter rows")
@@ -403,14 +417,47 @@ def generate(model, tokenizer, frame, prompts, args, side):
     return answers
 
 
-def row_nll(model, rows, title):
-    """Negative log-likelihood (nats) of each row's answer: shape (rows,)."""
-    sums = []
-    for row in tqdm(rows, title, disable=HIDE_BARS, leave=False):
-        ids, labels = torch.tensor([row["input_ids"], row["labels"]], device=model.device)[:, None]
-        mean = model(input_ids=ids, labels=labels, use_cache=False).loss
-        sums.append(mean.item() * row["answer_tokens"])
-    return np.array(sums)
+def response_nll(model, head, pad_id, rows):
+    """Negative log-likelihood in nats of each response token of the rows, (tokens,), in their order.
+
+    All logits, (rows, length, vocabulary), would be the largest tensor of a step. So the head runs
+    only where a label counts, 256 tokens at a time, and again in the backward pass. Without a head
+    (see find_head) the model computes all of them. Rows are padded on the right, where causal
+    attention never looks.
+    """
+    weight = model.get_input_embeddings().weight
+    input_ids, labels = (
+        pad_sequence([torch.tensor(row[key]) for row in rows], True, padding).to(weight.device)
+        for key, padding in (("input_ids", pad_id), ("labels", -100))
+    )
+    counts = labels[:, 1:] != -100  # position i predicts token i + 1
+    targets = labels[:, 1:][counts]
+
+    def part_nll(states, targets):
+        logits = head(states) if head else states
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+
+    with torch.autocast(weight.device.type, weight.dtype, weight.dtype != torch.float32):
+        outputs = (model.base_model if head else model)(input_ids=input_ids, use_cache=False)
+        parts = zip(outputs[0][:, :-1][counts].split(256), targets.split(256))
+        return torch.cat([checkpoint(part_nll, *part, use_reentrant=False) for part in parts])
+
+
+def micro_batches(rows, room):
+    """Cut rows, longest first, into lists that with their padding take at most `room` tokens."""
+    while rows:
+        size = max(1, room // len(rows[0]["input_ids"]))
+        yield rows[:size]
+        rows = rows[size:]
+
+
+def row_nll(nll_of, rows, batch_size, title):
+    """Negative log-likelihood (nats) of each row's response, rows longest first: shape (rows,)."""
+    # a prompt adds one token at a time, a row takes all of its own at once: so half as many
+    parts = list(micro_batches(rows, batch_size * len(rows[0]["input_ids"]) // 2))
+    nll = [nll_of(part) for part in tqdm(parts, title, disable=HIDE_BARS, leave=False)]
+    tokens = torch.cat(nll).double().split([row["answer_tokens"] for row in rows])
+    return np.array([part.sum().item() for part in tokens])
 
 
 def compare(base, finetuned, tokens):
@@ -445,6 +492,7 @@ def run_both(model, tokenizer, frame, asked, prompts, groups, args):
     questions = ["\n\n".join(filter(None, [row["instruction"], row["input"]])) for row in asked]
     answers = [{"prompt": q, "reference": row["output"]} for q, row in zip(questions, asked)]
     base, nll, seconds = model.get_base_model(), {}, 0
+    nll_of = partial(response_nll, base, find_head(base), tokenizer.eos_token_id or 0)
     dtype = base.get_input_embeddings().weight.dtype
     autocast = torch.autocast(base.device.type, dtype, dtype != torch.float32)
     for side, switch in ("base", model.disable_adapter()), ("finetuned", contextlib.nullcontext()):
@@ -454,7 +502,8 @@ def run_both(model, tokenizer, frame, asked, prompts, groups, args):
             seconds += time.monotonic() - began
             answers = [one | other for one, other in zip(answers, new, strict=True)]
             for name, rows in groups.items():
-                nll[name, side] = row_nll(base, rows, f"{name}, {TITLES[side]}")
+                title = f"{name}, {TITLES[side]}"
+                nll[name, side] = row_nll(nll_of, rows, args.batch_size, title)
     figures = {}
     for name, rows in groups.items():
         tokens = np.array([row["answer_tokens"] for row in rows])
