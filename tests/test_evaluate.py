@@ -351,6 +351,7 @@ def test_interval_covers_the_truth_near_its_nominal_rate(monkeypatch):
 VERDICTS = {  # what is changed of the trained adapter, rows, word
     "trained": (None, 8, "better"),
     "noise": ({"strength": 2, "target_modules": ["lm_head"]}, 8, "worse"),
+    "chance": ({"strength": 0.5}, 4, "no clear difference"),
     "without effect": ({"strength": 0}, 8, "no clear difference"),
     "one row": (None, 1, "no clear difference"),
 }
@@ -567,7 +568,7 @@ LATE = [
     ("base", "--model base", {"base/model.safetensors": None, "base/pytorch_model.bin": PICKLE}),
     ("base", "--model base", {"base/config.json": {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}, "base/code.py": CODE_RUNS}),
     ("tokenizer", "--prompts p.json", {"p.json": '["<new>"]', "moved/tokenizer.json": more_tokens}),
-    *wrong("--val-data v.jsonl", "v.jsonl", LONG, named="--val"),
+    *wrong("--val-data v.jsonl", "v.jsonl", LONG),
     *wrong("--prompts p.json", "p.json", f'["{"Pod " * 75000}"]', f'["{"x" * 300000}"]', named="1,024"),
     ("1,024", "--max-new-tokens 3000", {}),
 ]
@@ -642,7 +643,7 @@ def test_answers_fit_the_terminal_and_stay_aligned(columns, said, tmp_path, monk
     monkeypatch.setenv("COLUMNS", str(columns))
     out = said.out if columns == 80 else run(tmp_path, *said.flags).out
     blocks = re.split(r"^\[(?=\d+/14\])", out, flags=re.MULTILINE)[1:]
-    blocks[-1] = blocks[-1].split("\nNo clear")[0]  # the verdict
+    blocks[-1] = re.split(r"\n.*No clear", blocks[-1])[0]  # the verdict
     shown = dict(zip(ANSWERS, blocks[5:], strict=True))
     for block in blocks:
         lines = block.splitlines()
