@@ -729,5 +729,5 @@ if __name__ == "__main__":
     except SystemExit:
         if RANK > 0:  # the launcher ends all when one has ended: the first process speaks first
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)
+            time.sleep(10)
         raise
