@@ -393,9 +393,9 @@ def put_adapter(base, args):
     kinds, head = (torch.nn.Linear, Conv1D), base.get_output_embeddings()
     linear = [name for name, m in base.named_modules() if isinstance(m, kinds) and m is not head]
     layers = {name.rpartition(".")[2] for name in linear}
-    if lacking := ", ".join(sorted(set(args.target_modules) - layers)):
-        names = ", ".join(sorted(layers))
-        sys.exit(f"error: --target-modules {lacking}: no such layer; this model has {names}")
+    if lacking := sorted(set(args.target_modules) - layers):
+        names = f"no such layer; this model has {', '.join(sorted(layers))}"
+        sys.exit(f"error: --target-modules {', '.join(lacking)}: {names}")
     torch.manual_seed(args.seed)
     lora = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     lora = peft.LoraConfig(target_modules=args.target_modules, task_type="CAUSAL_LM", **lora)
