@@ -63,6 +63,7 @@ def write_tiny(folder, architecture="llama", template="zephyr", seed=0, layers=2
         eos_token=eos,
         unk_token="<unk>",
         chat_template=TEMPLATES[template],
+        model_input_names=["input_ids", "attention_mask"],  # no token_type_ids, as Llama
     )
     if template == "zephyr":
         tokenizer.pad_token = "</s>"
