@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import peft
@@ -686,7 +687,7 @@ def test_the_finished_folder_says_what_was_done_and_holds_no_pickle(data, undist
     assert config["arguments"]["lora_r"] == 16 and config["arguments"]["precision"] == "fp32"
     assert config["data"]["sha256"] == hashlib.sha256(Path(data).read_bytes()).hexdigest()
     assert config["data"]["rows"] == 14 and config["device"] == "cpu"
-    assert config["versions"]["torch"] == torch.__version__
+    assert config["versions"]["torch"] == version("torch")
     assert config["result"]["steps"] == 12
     assert config["result"]["eval_loss"] == logged(undisturbed, "eval_loss")[-1]
     names = set(files(undisturbed))
