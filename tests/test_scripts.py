@@ -15,6 +15,7 @@ import nbclient
 import nbformat
 import peft
 import pytest
+import torch
 from test_lora_finetune import ROWS, error_line, files, write_jsonl
 from test_lora_finetune import flags as run_of
 from transformers import AutoModelForCausalLM
@@ -266,6 +267,26 @@ def test_what_stands_in_two_scripts_is_the_same_letter_for_letter():
     for name in twins:
         assert one[name] == other[name], name
     assert {"read_jsonl", "chat_frame", "encode", "load_base"} <= twins
+
+
+@pytest.mark.parametrize(
+    "reason, advice",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "close other programs"),
+        (ValueError("Tokenizer class X does not exist or is not currently imported."), "pip"),
+        (OSError("We couldn't connect"), "the Hub gave none"),
+    ],
+    ids=["memory", "newer", "offline"],
+)
+def test_a_model_of_the_hub_that_does_not_load_is_told_with_the_advice_for_its_reason(
+    reason, advice
+):
+    class Failing:
+        def from_pretrained(name, **kwargs):
+            raise reason
+
+    with pytest.raises(SystemExit, match=advice):
+        lora_finetune.pretrained(Failing, "TinyLlama/TinyLlama-1.1B-Chat-v1.0")
 
 
 def test_both_scripts_set_the_same_template_where_a_tokenizer_has_none():
