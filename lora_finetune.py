@@ -12,7 +12,6 @@ Writes  --output: the LoRA adapter, its tokenizer, training_log.jsonl, training_
 import argparse
 import contextlib
 import hashlib
-import io
 import json
 import logging
 import math
@@ -23,7 +22,6 @@ import textwrap
 import time
 import traceback
 import warnings
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +40,7 @@ from bitsandbytes.functional import dequantize_blockwise
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm, trange
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -63,7 +61,7 @@ LORA_DROPOUT = 0.05  # 0 up to 1
 TARGET_MODULES = ["q_proj", "v_proj"]  # linear layers that get an adapter
 # training
 EPOCHS = 3.0  # passes over the data
-MAX_STEPS = -1  # optimizer steps instead of epochs, -1: off; 5 gives a quick look
+MAX_STEPS = -1  # optimizer steps instead of epochs, below 1: off; 5 gives a quick look
 LEARNING_RATE = 2e-4  # peak; cosine schedule down to 0
 WARMUP_RATIO = 0.03  # share of the steps on which the rate rises
 BATCH_SIZE = 4  # longest rows at once on each device; of shorter ones as many as take no more room
@@ -88,7 +86,12 @@ MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
 CHECKPOINT, LOG, ADAPTER = "checkpoint.pt", "training_log.jsonl", "adapter_model.safetensors"
 NOT_FINITE = "error: loss or gradients not finite; lower --learning-rate, or --precision fp32"
 LINE = """{step:>6} {epoch:>7.2f} {loss:>8.4f} {learning_rate:>9.2e} {grad_norm:>10.3f}
-{tokens_per_second:>10,.0f} {memory_mib:>6,} {left!s:>10}""".replace("\n", " ")
+{tokens_per_second:>10,.0f} {memory_mib:>6,} {left:>10}""".replace("\n", " ")
+OUTPUT_ADVICE = "end another run that writes there, free space, or choose another --output"
+MODEL_ADVICE = (
+    "pass a 16-bit model: its folder with config.json, tokenizer.json, model.safetensors or, online,"
+    " its Hub name; if a newer transformers saved it, pip install -U transformers"
+)
 ALPACA_TEMPLATE = (  # for tokenizers that come without a chat template
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "### Instruction:\n{{ message['content'] }}\n\n### Response:\n"
@@ -102,13 +105,12 @@ HIDE_BARS = RANK > 0 or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
 def parse_args(argv=None):
     if argv is None and "kernel_launcher" in sys.argv[0]:
         argv = []  # pasted into a notebook cell: sys.argv is the kernel's, the constants above decide
-    raw = argparse.RawDescriptionHelpFormatter
-    shown = {"usage": "%(prog)s [options]", "description": __doc__, "formatter_class": raw}
-    parser = argparse.ArgumentParser("lora_finetune.py", allow_abbrev=False, **shown)
+    usage, raw = "%(prog)s [options]", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("lora_finetune.py", usage, __doc__, formatter_class=raw)
+    parser.allow_abbrev = False
     switch, path = argparse.BooleanOptionalAction, os.path.expanduser
 
-    def add(flag, default, help, **options):
-        # set afterwards: Python 3.10 would tell the default of a switch twice
+    def add(flag, default, help, **options):  # help set afterwards: Python 3.10 adds to a switch's
         action = parser.add_argument(flag, default=default, **options)
         action.help = f"{help} (default: %(default)s)"
 
@@ -123,7 +125,7 @@ def parse_args(argv=None):
     add("--lora-dropout", LORA_DROPOUT, "share dropped", type=float)
     add("--target-modules", TARGET_MODULES, "linear layers to adapt", nargs="+")
     add("--epochs", EPOCHS, "passes over the data", type=float)
-    add("--max-steps", MAX_STEPS, "instead of epochs; -1: off", type=int)
+    add("--max-steps", MAX_STEPS, "instead of epochs; below 1: off", type=int)
     add("--learning-rate", LEARNING_RATE, "at its peak", type=float)
     add("--warmup-ratio", WARMUP_RATIO, "share of the steps", type=float)
     add("--batch-size", BATCH_SIZE, "longest rows at once", type=int)
@@ -141,8 +143,6 @@ def parse_args(argv=None):
         low, high = RANGES.get(name, (1, 2**31))
         if type(value) in (int, float) and not low <= value <= high:
             parser.error(f"argument --{name.replace('_', '-')}: must be from {low} to {high}")
-    if args.max_steps == 0:
-        parser.error("argument --max-steps: must be at least 1, or -1 for --epochs")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run, --overwrite drops it; choose one")
     return args
@@ -156,13 +156,17 @@ def say(line):
         tqdm.write(shown.encode(encoding, "replace").decode(encoding))
 
 
-def free_memory():
-    """In a notebook: free the memory of earlier cells, also of one that failed."""
-    error = getattr(sys, "last_value", None)
-    while error:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
-    clear_device_cache(garbage_collection=True)
+@contextlib.contextmanager
+def explained(what, advice, kind=Exception):
+    """Within, an error of a library ends the program in one line: what failed, why, what helps."""
+    try:
+        yield
+    except kind as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = textwrap.shorten(reason, 200)
+        if "out of memory" in reason:
+            advice = "lower --batch-size, close other programs or choose a smaller --model"
+        sys.exit(f"error: {what}: {reason}; {advice}")
 
 
 def find_data(args):
@@ -179,27 +183,22 @@ def to_record(line):
     row = json.loads(line.decode("utf-8-sig"))
     if not isinstance(row, dict):
         raise ValueError("not an object")
-    record = {key: row.get(key) for key in ("instruction", "input", "output")}
-    record["input"] = record["input"] or ""
+    record = {key: row.get(key) or "" for key in ("instruction", "input", "output")}
     for key, text in record.items():
         if not isinstance(text, str) or not (text.strip() or key == "input"):
-            raise ValueError(f'"{key}" is {"missing" if text is None else "no text"}')
+            raise ValueError(f'"{key}" is {"no text" if text else "missing"}')
         record[key] = text.encode().decode().strip()  # a ValueError if half a character
     return record
 
 
 def read_jsonl(path):
     """The records of a JSONL file; a line that is none ends the program."""
-    advice, records, number = "prepare_dataset.py makes and mends such files", [], 0
-    try:
-        for line in Path(path).read_bytes().split(b"\n"):
-            number += 1
-            if line.strip():
-                records.append(to_record(line))
-    except OSError as error:
-        sys.exit(f"error: {path}: {error.strerror}; {advice}")
-    except (ValueError, RecursionError) as error:
-        sys.exit(f"error: {path}:{number}: {error}; {advice}")
+    records, advice = [], "prepare_dataset.py makes and mends such files"
+    with explained(path, advice):
+        lines = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        with explained(f"{path}:{number}", advice):
+            records += [to_record(line)] if line.strip() else []
     return records or sys.exit(f"error: {path}: no records in it; {advice}")
 
 
@@ -211,15 +210,9 @@ def claimed(folder, args):
     if held and not args.overwrite:
         way = "an unfinished run; --resume" if unfinished else "a finished run; another --output"
         sys.exit(f"error: {folder} holds {way} keeps it, --overwrite drops it")
-    try:
+    with explained(f"can't write to {folder}", OUTPUT_ADVICE, OSError):
         with filelock.FileLock(folder / f".lock{RANK or ''}", timeout=0):
             yield
-    except filelock.Timeout:
-        sys.exit(f"error: another run writes to {folder}; end it or choose another --output")
-    except Exception as error:  # safetensors and tokenizers have their own of a full disk
-        if not (isinstance(error, OSError) or "os error" in str(error)):
-            raise
-        sys.exit(f"error: can't write to {folder} ({error}); free space, or another --output")
 
 
 def memory_mib():
@@ -231,6 +224,9 @@ def memory_mib():
 
 def choose_device(args):
     """Return the device of this process and the precision it computes in, and say which."""
+    if WORLD_SIZE > 1:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend)
     if not torch.cuda.is_available():
         say(f"device      no GPU found by torch {torch.__version__}; training on the CPU in fp32")
         return "cpu", "fp32"
@@ -245,22 +241,6 @@ def choose_device(args):
     return device, args.precision
 
 
-def pretrained(auto_class, name, **kwargs):
-    """auto_class.from_pretrained(name), with what can go wrong said in one line."""
-    try:
-        return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except Exception as error:  # what people pass as a model may raise anything
-        reason = textwrap.shorten(str(error) or type(error).__name__, 200)
-    advice = "pass the folder of a 16-bit model: config.json, tokenizer.json, model.safetensors"
-    if "out of memory" in reason:
-        advice = "close other programs or choose a smaller --model"
-    elif "not currently imported" in reason or "does not recognize" in reason:
-        advice = "if a newer transformers saved it, pip install -U transformers"
-    elif not Path(name).exists():
-        advice = "no such folder, and the Hub gave none; offline, pass a folder as --model"
-    sys.exit(f"error: can't load the model {name} ({reason}); {advice}")
-
-
 def chat_frame(tokenizer):
     """Return (head, tail, end, special ids) of the chat template around one question and answer.
 
@@ -272,20 +252,18 @@ def chat_frame(tokenizer):
         tokenizer.chat_template = "{{ bos_token }}" * adds_bos + ALPACA_TEMPLATE
     question, answer = "\ue000", "\ue001"  # private-use characters: no template contains them
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    as_text = partial(tokenizer.apply_chat_template, tokenize=False)
-    try:
+    with explained("the model's chat template fails", "choose another --model"):
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
             template = "{% macro strftime_now(form) %}01 Jan 2025{% endmacro %}" + template
         tokenizer.chat_template = template
-        prompt, text = as_text(turns[:1], add_generation_prompt=True), as_text(turns)
-        head, rest = text.split(question)
+        prompt = tokenizer.apply_chat_template(
+            turns[:1], tokenize=False, add_generation_prompt=True
+        )
+        head, rest = tokenizer.apply_chat_template(turns, tokenize=False).split(question)
         tail, end = rest.split(answer)
         if not (head + question + tail).startswith(prompt):
             raise ValueError("it writes a prompt and its answer apart")
-    except Exception as error:  # a template is a program, it may raise anything
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
-        sys.exit(f"error: the model's chat template fails ({reason}); choose another --model")
     special = {id: t.content for id, t in tokenizer.added_tokens_decoder.items() if t.special}
     ends = [end.index(token) + len(token) for token in special.values() if token in end]
     end = end[: min(ends)] if ends else end + (tokenizer.eos_token or "")
@@ -322,13 +300,12 @@ def encode_rows(records, tokenizer, frame, max_length, path):
     one = partial(encode, tokenizer=tokenizer, frame=frame, max_length=max_length)
     rows = datasets.Dataset.from_list(records)
     rows = rows.map(one, remove_columns=rows.column_names, new_fingerprint="encoded")
-    lengths = sorted(rows["length"])
+    lengths = rows.to_pandas()["length"]
     kept = [i for i, count in enumerate(rows["answer_tokens"]) if count]
-    cut, dropped = sum(length > max_length for length in lengths), len(rows) - len(kept)
+    cut, dropped = sum(lengths > max_length), len(rows) - len(kept)
     say(f"data        {len(kept):,} rows <- {path}; {cut:,} cut, {dropped:,} dropped, all prompt")
-    median, p95 = lengths[len(lengths) // 2], lengths[len(lengths) * 95 // 100]
-    sizes = f"median {median:,}, p95 {p95:,}, max {lengths[-1]:,}"
-    say(f"            tokens: {sizes} (--max-seq-length that cuts none)")
+    sizes = "            tokens: median {50%:.0f}, p95 {95%:.0f}, max {max:.0f}"
+    say(sizes.format(**lengths.describe([0.5, 0.95])) + " (--max-seq-length that cuts none)")
     if not kept:
         sys.exit(f"error: {path}: no answer within {max_length} tokens; raise --max-seq-length")
     return rows.select(kept)
@@ -340,11 +317,12 @@ def load_base(name, device, precision, load_in_4bit):
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **nf4)
     options = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
+    options |= {"trust_remote_code": False, "output_loading_info": True}
     options |= {"quantization_config": nf4} if load_in_4bit else {}
-    model, info = pretrained(AutoModelForCausalLM, name, output_loading_info=True, **options)
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])[0]
-        sys.exit(f"error: {name} lacks weights, such as {missing}; download it again")
+    with explained(f"can't load the model {name}", MODEL_ADVICE):
+        model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+        if info["missing_keys"]:
+            raise ValueError(f"it lacks weights, such as {sorted(info['missing_keys'])[0]}")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, slowly
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
@@ -361,22 +339,6 @@ def load_base(name, device, precision, load_in_4bit):
     return model
 
 
-def fingerprint(model):
-    """A short name for the base weights: SHA-256 over its first 256 token embeddings as float16."""
-    weight = model.get_input_embeddings().weight[:256].detach().half().cpu()
-    return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:16]
-
-
-def check_fit(base, tokenizer, rows, args):
-    """Refuse rows that are longer than the model reads, or have tokens that it lacks."""
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if context and args.max_seq_length > context:
-        sys.exit(f"error: --max-seq-length is too large; this model reads {context} tokens")
-    size = len(base.get_input_embeddings().weight)
-    if len(tokenizer) > size and max(map(max, rows["input_ids"])) >= size:
-        sys.exit(f"error: {args.model} lacks tokens of its tokenizer; take the one it came with")
-
-
 def find_head(model):
     """The head, where logits are head(hidden states) and no more; else None (Gemma 2, Granite)."""
     head, probe = model.get_output_embeddings(), torch.arange(8, device=model.device)[None]
@@ -389,8 +351,14 @@ def find_head(model):
     return head if difference.norm() < 1e-3 * logits.norm() else None
 
 
-def put_adapter(base, args):
-    """Put a fresh LoRA adapter on a base, in float32; the base stays frozen."""
+def put_adapter(base, tokenizer, rows, args):
+    """Put a fresh LoRA adapter, in float32, on a base that fits rows and options; it stays frozen."""
+    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if context and args.max_seq_length > context:
+        sys.exit(f"error: --max-seq-length is too large; this model reads {context} tokens")
+    size = len(base.get_input_embeddings().weight)
+    if len(tokenizer) > size and max(map(max, rows["input_ids"])) >= size:
+        sys.exit(f"error: {args.model} lacks tokens of its tokenizer; take the one it came with")
     kinds, head = (torch.nn.Linear, Conv1D), base.get_output_embeddings()
     linear = [name for name, m in base.named_modules() if isinstance(m, kinds) and m is not head]
     layers = {name.rpartition(".")[2] for name in linear}
@@ -402,34 +370,34 @@ def put_adapter(base, args):
     lora = peft.LoraConfig(target_modules=args.target_modules, task_type="CAUSAL_LM", **lora)
     if args.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    return peft.get_peft_model(base, lora).train()
+    model = peft.get_peft_model(base, lora).train()
+    say(f"model       {args.model}, {memory_mib():,} MiB")
+    say(f"adapter     {model.get_nb_trainable_parameters()[0]:,} parameters are trained")
+    return model
 
 
 def show_example(row, tokenizer):
     """Print one row as the model sees it, apart what it reads and what it learns to write."""
     read = len(row["input_ids"]) - row["answer_tokens"]
     for title, part in ("reads", slice(read)), ("learns to write", slice(read, None)):
-        say(f"the model {title}:")
         text = textwrap.shorten(tokenizer.decode(row["input_ids"][part]), 400)
-        for line in textwrap.wrap(text, 76):
-            say("    " + line)
+        for line in [f"the model {title}:", *textwrap.wrap(text, 76)]:
+            say(line)
 
 
-def response_nll(model, head, pad_id, rows):
+def response_nll(model, head, rows):
     """Negative log-likelihood in nats of each response token of the rows, (tokens,), in their order.
 
     All logits, (rows, length, vocabulary), would be the largest tensor of a step. So the head runs
-    only where a label counts, 256 tokens at a time, and again in the backward pass. Without a head
-    (see find_head) the model computes all of them. Rows are padded on the right, where causal
-    attention never looks.
+    only where a label counts, 256 tokens at a time, and again in the backward pass; without a head
+    (see find_head) the model computes all. Causal attention never looks at padding on the right.
     """
     weight = model.get_input_embeddings().weight
     input_ids, labels = (
         pad_sequence([torch.tensor(row[key]) for row in rows], True, padding).to(weight.device)
-        for key, padding in (("input_ids", pad_id), ("labels", -100))
+        for key, padding in (("input_ids", 0), ("labels", -100))
     )
-    counts = labels[:, 1:] != -100  # position i predicts token i + 1
-    targets = labels[:, 1:][counts]
+    counts, targets = labels[:, 1:] != -100, labels[:, 1:]  # position i predicts token i + 1
 
     def part_nll(states, targets):
         logits = head(states) if head else states
@@ -437,7 +405,7 @@ def response_nll(model, head, pad_id, rows):
 
     with torch.autocast(weight.device.type, weight.dtype, weight.dtype != torch.float32):
         outputs = (model.base_model if head else model)(input_ids=input_ids, use_cache=False)
-        parts = zip(outputs[0][:, :-1][counts].split(256), targets.split(256))
+        parts = zip(outputs[0][:, :-1][counts].split(256), targets[counts].split(256))
         return torch.cat([checkpoint(part_nll, *part, use_reentrant=False) for part in parts])
 
 
@@ -451,7 +419,7 @@ def rows_of_step(step, lengths, rows_per_step, seed, grouped):
         pools = order.split(50 * rows_per_step)
         order = torch.cat([pool[lengths[pool].argsort(descending=True)] for pool in pools])
         position = torch.randperm(steps, generator=generator)[position]
-    rows = order[position * rows_per_step :][:rows_per_step]
+    rows = order.tensor_split(steps)[position]  # evenly: no step of a few rows at the end
     return rows[lengths[rows].argsort(descending=True, stable=True)].tolist()
 
 
@@ -465,11 +433,10 @@ def micro_batches(rows, room):
 
 def add_gradients(nll_of, rows, room, seed, scaler, optimizer):
     """Run this process' share of a step forward and backward; returns it of the loss, and `room`."""
-    tokens, mine = sum(row["answer_tokens"] for row in rows), rows[RANK::WORLD_SIZE]
+    tokens, loss = sum(row["answer_tokens"] for row in rows), 0.0
     torch.manual_seed(seed)  # of dropout, so that --resume and a second try repeat it
-    loss = 0.0
     try:
-        for part in micro_batches(mine, room):
+        for part in micro_batches(rows[RANK::WORLD_SIZE], room):
             nll = nll_of(part).sum() / tokens
             scaler.scale(nll).backward()
             loss += nll.detach()
@@ -511,26 +478,24 @@ def learning_rate(step, total, warmup_ratio, peak):
 def validate(model, nll_of, rows, room):
     """The validation loss: nats over all response tokens by their number."""
     ordered = sorted(rows, key=lambda row: -len(row["input_ids"]))[RANK::WORLD_SIZE]
-    parts, total = list(micro_batches(ordered, room)), 0.0
+    parts, nats = list(micro_batches(ordered, room)), 0.0
     model.eval()
     with torch.no_grad():
         for part in tqdm(parts, "validation", disable=HIDE_BARS, leave=False, delay=1):
-            total += nll_of(part).double().sum().item()
+            nats += nll_of(part).double().sum().item()
     model.train()
-    total, tokens = add_up([total, sum(row["answer_tokens"] for row in ordered)])
-    loss = total / tokens
-    say(f"validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.3f}")
-    return loss
+    nats, tokens = add_up([nats, sum(row["answer_tokens"] for row in ordered)])
+    say(f"validation loss {nats / tokens:.4f}, perplexity {math.exp(min(nats / tokens, 700)):.3f}")
+    return nats / tokens if math.isfinite(nats) else sys.exit(NOT_FINITE)
 
 
 def save_checkpoint(path, state, model, optimizer, scaler):
     """Write all that a resumed run needs, whole or not at all."""
     state |= {"adapter": peft.get_peft_model_state_dict(model)}
     state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    buffer = io.BytesIO()  # on a full disk torch.save itself raises no OSError
-    torch.save(state, buffer)
-    path.with_suffix(".new").write_bytes(buffer.getvalue())
-    os.replace(path.with_suffix(".new"), path)
+    with explained(f"can't write to {path}", OUTPUT_ADVICE):
+        torch.save(state, path.with_suffix(".new"))
+        os.replace(path.with_suffix(".new"), path)
 
 
 def read_checkpoint(path, run):
@@ -538,21 +503,13 @@ def read_checkpoint(path, run):
     if not path.exists():
         say(f"resume      no {path} to go on from: starting at step 1")
         return {}
-    try:
+    with explained(f"{path} is damaged", "--overwrite starts anew"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         changed = [name for name in run if state["run"].get(name) != run[name]]
-    except Exception as error:  # what stands there may be anything
-        sys.exit(f"error: {path} is damaged ({str(error)[:50]!r}); --overwrite starts anew")
     if changed:
         names = f"{' and '.join(changed)} changed; change back, or --overwrite"
         sys.exit(f"error: --resume: not the run of {path}, {names}")
     return state
-
-
-def log_entry(log, file, entry):
-    """Append an entry to the log: the list, and the file of strict JSON."""
-    log.append({key: value if math.isfinite(value) else None for key, value in entry.items()})
-    file.write(json.dumps(log[-1]) + "\n")
 
 
 def train(args, run, model, nll_of, rows, val_rows, folder, state):
@@ -571,9 +528,7 @@ def train(args, run, model, nll_of, rows, val_rows, folder, state):
     lengths = torch.tensor(rows["length"]).clamp(max=args.max_seq_length)
     at_once = rows_per_step // WORLD_SIZE if args.auto_batch_size else args.batch_size
     room = at_once * lengths.max().item()  # tokens of a micro-batch
-    say("  step   epoch     loss        lr  grad norm   tokens/s    MiB  time left")
     done, seen, clock, began, asked = first, 0, time.monotonic(), time.monotonic(), []
-    bar = tqdm(range(first, total), initial=first, total=total, leave=False, disable=HIDE_BARS)
     with contextlib.ExitStack() as undo:
         for signum in (signal.SIGINT, signal.SIGTERM):  # heeded when the step is done
             before = signal.signal(signum, lambda *signum: asked.append(signum))
@@ -581,7 +536,7 @@ def train(args, run, model, nll_of, rows, val_rows, folder, state):
         path = folder / LOG if RANK == 0 else os.devnull
         file = undo.enter_context(open(path, "w", buffering=1, encoding="utf-8"))
         file.writelines(json.dumps(entry) + "\n" for entry in log)
-        for step in bar:
+        for step in trange(first, total, leave=False, disable=HIDE_BARS):
             chosen = rows_of_step(step, lengths, rows_per_step, args.seed, args.group_by_length)
             batch, seed = [rows[i] for i in chosen], args.seed + step * WORLD_SIZE + RANK
             loss, room = add_gradients(nll_of, batch, room, seed, scaler, optimizer)
@@ -595,20 +550,22 @@ def train(args, run, model, nll_of, rows, val_rows, folder, state):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=False)
-
             done, losses, seen = step + 1, [*losses, loss], seen + lengths[chosen].sum().item()
             ends, at = done == total, {"step": done, "epoch": round(done / epoch_steps, 4)}
+            new = []
             if ends or done % args.logging_steps == 0:
                 now, mean = time.monotonic(), sum(losses) / len(losses)
-                left = timedelta(seconds=round((now - began) / (done - first) * (total - done)))
-                entry = at | {"loss": mean, "learning_rate": lr, "grad_norm": norm}
+                left = tqdm.format_interval((now - began) / (done - first) * (total - done))
+                entry = {"loss": mean, "learning_rate": lr, "grad_norm": norm}
                 entry |= {"tokens_per_second": seen // (now - clock), "memory_mib": memory_mib()}
-                say(LINE.format(**entry, left=left))
-                log_entry(log, file, entry)
+                say(LINE.format(**at | entry, left=left))
+                new += [at | entry | {"grad_norm": norm if math.isfinite(norm) else None}]
                 losses, seen, clock = [], 0, now
             if val_rows and (ends or done % epoch_steps == 0):
-                log_entry(log, file, at | {"eval_loss": validate(model, nll_of, val_rows, room)})
+                new += [at | {"eval_loss": validate(model, nll_of, val_rows, room)}]
                 clock = time.monotonic()
+            log += new
+            file.writelines(json.dumps(entry) + "\n" for entry in new)
             if RANK == 0 and (ends or stopping or done % math.ceil(total / 10) == 0):
                 state = {"run": run, "step": done, "log": log, "losses": losses}
                 save_checkpoint(folder / CHECKPOINT, state, model, optimizer, scaler)
@@ -619,11 +576,12 @@ def train(args, run, model, nll_of, rows, val_rows, folder, state):
 
 def save_adapter(model, tokenizer, folder):
     """Write adapter and tokenizer, and read the adapter back: is all there, finite and trained?"""
-    model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # a model card without content
     if hasattr(tokenizer, "legacy"):  # transformers forgets it; blanks would then be split anew
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
-    tokenizer.save_pretrained(folder)
+    with explained(f"can't write to {folder}", OUTPUT_ADVICE):
+        model.save_pretrained(folder, save_embedding_layers=False)
+        tokenizer.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # a model card without content
     saved = load_file(folder / ADAPTER)
     whole = saved.keys() == peft.get_peft_model_state_dict(model).keys()
     finite = all(weight.isfinite().all() for weight in saved.values())
@@ -653,26 +611,32 @@ def write_config(folder, args, run, base, source, rows, result):
     config = {"arguments": vars(args) | {"precision": run["precision"]}, "result": result}
     config["data"] = {"path": str(source), "sha256": run["dataset"], "rows": rows}
     config["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    config |= {"base_fingerprint": fingerprint(base), "versions": {p: version(p) for p in packages}}
+    config["versions"] = {package: version(package) for package in packages}
+    weight = base.get_input_embeddings().weight[::100]  # tells one base from another of its shape
+    config["embedding_norm"] = weight.double().norm().item()
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "training_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def summarize(log, total):
-    """The figures of the finished run, and a line where the validation loss was lower before."""
-    result = {"steps": total, "memory_mib": memory_mib()}
-    for entry in log:  # the last of each stays
-        result |= {key: entry[key] for key in ("loss", "eval_loss") if key in entry}
-    measured = {entry["epoch"]: entry["eval_loss"] for entry in log if entry.get("eval_loss")}
-    best = min(measured, key=measured.get, default=None)
-    if best and measured[best] != result["eval_loss"]:
-        say(f"validation  lowest after epoch {best:g}, {measured[best]:.3f}: try fewer --epochs")
+def summarize(log):
+    """The last of each figure of the run; says where the validation loss was lower before."""
+    result = {}
+    for entry in log:
+        result |= entry
+    measured = [(entry["eval_loss"], entry["epoch"]) for entry in log if "eval_loss" in entry]
+    if measured and min(measured)[0] < result["eval_loss"]:
+        where = "lowest after epoch {1:g}: {0:.3f}; try fewer --epochs".format(*min(measured))
+        say(f"validation  {where}")
     return result
 
 
 def main(argv=None):
     args = parse_args(argv)
-    free_memory()
+    failed = getattr(sys, "last_value", None)
+    while failed:  # in a notebook: free what a failed cell holds
+        traceback.clear_frames(failed.__traceback__)
+        failed = failed.__context__
+    clear_device_cache(garbage_collection=True)
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries
     if HIDE_BARS:
@@ -684,10 +648,8 @@ def main(argv=None):
     folder, limit = Path(args.output), args.max_seq_length
     with claimed(folder, args):
         device, precision = choose_device(args)
-        if WORLD_SIZE > 1:
-            backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-            torch.distributed.init_process_group(backend)
-        tokenizer = pretrained(AutoTokenizer, args.model)
+        with explained(f"can't load the model {args.model}", MODEL_ADVICE):
+            tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         frame = chat_frame(tokenizer)
         rows = encode_rows(records, tokenizer, frame, limit, source)
         val_rows = val_records and encode_rows(val_records, tokenizer, frame, limit, val_source)
@@ -695,25 +657,22 @@ def main(argv=None):
         state = read_checkpoint(folder / CHECKPOINT, run) if args.resume else {}
 
         base = load_base(args.model, device, precision, args.load_in_4bit)
-        check_fit(base, tokenizer, rows, args)
-        nll_of = partial(response_nll, base, find_head(base), tokenizer.eos_token_id or 0)
-        model = put_adapter(base, args)
-        say(f"model       {args.model}, {memory_mib():,} MiB")
-        say(f"adapter     {model.get_nb_trainable_parameters()[0]:,} parameters are trained")
+        nll_of = partial(response_nll, base, find_head(base))
+        model = put_adapter(base, tokenizer, rows, args)
         show_example(rows[0], tokenizer)
 
         config = partial(write_config, folder, args, run, base, source, len(rows))
-        if RANK == 0:  # what an overwritten run left goes first
-            for name in [ADAPTER] if state else [ADAPTER, CHECKPOINT]:
-                (folder / name).unlink(missing_ok=True)
+        if RANK == 0:
+            (folder / ADAPTER).unlink(missing_ok=True)  # that of an overwritten run
             config(result=None)
+        say("  step   epoch     loss        lr  grad norm   tokens/s    MiB  time left")
         log, done = train(args, run, model, nll_of, rows, val_rows, folder, state)
         if WORLD_SIZE > 1:
             torch.distributed.destroy_process_group()
         if done < run["steps"]:
             end = f"stopped after step {done} of {run['steps']}; --resume goes on with it"
             sys.exit(end if RANK == 0 else 1)
-        result = summarize(log, run["steps"])
+        result = summarize(log)
         if RANK == 0:
             save_adapter(model, tokenizer, folder)
             config(result=result)

@@ -417,7 +417,7 @@ def test_a_long_reference_is_cut_with_a_mark_and_whole_in_the_json(said):
         assert "and so on" in shown and "and end." not in shown
         assert "始部署部署" in squeezed(shown) and "終" not in shown
         assert len(re.findall(r"\bcut\b", shown)) == 2 + 2  # two endless answers
-        assert "\n" + CODE + "\n" in shown.replace("</code>", "")
+        assert CODE in shown
 
 
 @pytest.mark.parametrize("template", ["zephyr", "chatml", "llama3"])
@@ -428,7 +428,7 @@ def test_an_answer_ends_at_the_end_of_turn_token(template, tmp_path, asked):
     sides |= {key.replace("base", "finetuned"): value for key, value in sides.items()}
     assert all(sides.items() <= result.items() for result in got.data["prompts"])
     assert got.data["summary"]["base_stopped"] == 3
-    assert got.data["summary"]["base_mean_tokens"] == 4
+    assert got.data["summary"]["mean_base_tokens"] == 4
 
 
 def test_both_answers_are_shown_and_one_that_is_cut_is_said_to_be_cut(said):
@@ -443,7 +443,7 @@ def test_both_answers_are_shown_and_one_that_is_cut_is_said_to_be_cut(said):
     assert re.search(r"^the first answer +\| the second answer$", said.out, re.MULTILINE)
     assert said.data["summary"]["base_stopped"] == 13
     assert re.search("the first answer.*the second answer", Page(said.page).text, re.DOTALL)
-    assert Page(said.page).inside["code"].count(CODE.split("Write\n")[1].split("\nand")[0]) == 5
+    assert Page(said.page).inside["pre"].count(CODE) == 2 + 2 + 1  # answers, reference
 
 
 def test_control_tokens_typed_in_a_prompt_stay_text(adapter, tiny, tmp_path, monkeypatch):
@@ -482,7 +482,7 @@ def test_what_is_strange_beside_an_adapter_costs_no_result(adapter, tiny, tmp_pa
     moved = Path(shutil.copytree(adapter, tmp_path / "moved"))
     gone = {"base_model_name_or_path": str(tmp_path / "gone")}
     write(moved / CONFIG, json.loads((moved / CONFIG).read_text()) | gone)
-    write(moved / "training_config.json", {"arguments": ["--lr", "1"]})
+    write(moved / "training_config.json", {"lr": 1})
     prompts = write(tmp_path / "p.json", ["Was heißt „Größe“? 🚀"])
     flags = ["--adapter", moved, "--prompts", prompts, "--max-new-tokens", 2, "--model", tiny]
     got = run(tmp_path, *flags)
@@ -541,7 +541,7 @@ EARLY = [  # told before a model is loaded; "moved" is a copy of a good adapter
     *wrong("", C, "{", "[]", b"\xff\xfe\x00", None, named=CONFIG),
     *wrong("", W, None, named="no adapter"),
     ("pickle", "", {W: None, "moved/adapter_model.bin": PICKLE}),
-    *[(what, "", {C: {key: what}}) for key, what in [("peft_type", "IA3"), ("bias", "all"), ("bias", "lora_only")]],
+    *wrong("", C, {"peft_type": "IA3"}, {"bias": "all"}, {"bias": "lora_only"}, named="no LoRA"),
     *wrong("", T, "[]"),
     *wrong("", "moved/tokenizer.json", "{", named=M),
     (M, "", {"moved/tokenizer_config.json": {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.T", None]}}, "moved/code.py": CODE_RUNS}),
@@ -556,7 +556,6 @@ EARLY = [  # told before a model is loaded; "moved" is a copy of a good adapter
     *wrong("--output f/r.json", "f", ""),
     *wrong("--output p.json --prompts p.json", "p.json", '["a"]'),
     *wrong("--output v.json --val-data v.json", "v.json", GOOD),
-    *wrong("--output r.json", "r.html/x", "", named="r.html"),
 ]
 LATE = [
     *wrong("", W, lambda path: os.truncate(path, 1000), "hello", named=M),
@@ -621,14 +620,16 @@ def test_another_base_is_refused(other, trained_here, adapter, tiny, tmp_path, a
 def test_a_read_only_folder_is_refused_before_a_model_is_loaded(adapter, tmp_path):
     (tmp_path / "out").mkdir(mode=0o555)
     flags = ["--adapter", adapter, "--model", "nowhere/model"]
-    with pytest.raises(SystemExit, match=f"^error: .*{tmp_path}/out; .*--output$"):
+    with pytest.raises(SystemExit, match=f"^error: .*{tmp_path}/out: .*; .*--output$"):
         without_privileges(lambda: run(tmp_path, *flags))
 
 
 def test_out_of_gpu_memory_ends_in_one_line_of_advice(adapter, asked, tmp_path, monkeypatch):
     full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     monkeypatch.setattr(LlamaForCausalLM, "generate", full)
-    with pytest.raises(SystemExit, match="^error: out of GPU memory; lower --batch-size"):
+    with pytest.raises(
+        SystemExit, match="^error: 8 prompts at once: CUDA out of memory; lower --batch-size"
+    ):
         run(tmp_path, "--adapter", adapter, "--prompts", asked)
     assert not (tmp_path / "out").exists()
 
@@ -693,8 +694,8 @@ def test_the_page_tells_verdict_figures_and_settings_in_words_and_in_order(resul
     assert verdict < page.text.index("lower is better") < page.text.index(ASKED[0])
     for result in data["prompts"]:
         assert result["base"] in page.text and result["finetuned"] in page.text
-    settings = page.inside["details"]
-    assert f"torch {version('torch')}" in settings and not re.search("None|{", settings)
+    settings = page.inside["details"].removeprefix("Settings")
+    assert json.loads(settings)["versions"]["torch"] == version("torch")
     figures = data["perplexity"], data["general"]
     assert tells(page.text, *(f[side] for f in figures for side in ("base", "finetuned", "ratio")))
     log = Path(data["settings"]["adapter"], "training_log.jsonl").read_text()
@@ -705,16 +706,17 @@ def losses(*values, key="loss", first=1):
     return [{"step": step, key: value} for step, value in enumerate(values, first)]
 
 
-ODD = losses(None, "<b>", [1], 10**400, math.inf) + [{"step": "<b>", "loss": 9.0}, {"loss": 9}]
+ODD = [*losses("<b>", [1], 10**400), {"step": "<b>", "loss": 9.0}, {"loss": 9}, {"step": 1}]
 ODD += [[], 7, b"[" * 100_000, b"\x00", b"\xff", b'{"step": 9, "lo']
 LOWEST = losses(5.0, 4.0, 3.0) + losses(4.5, 3.25, 3.75, key="eval_loss", first=2)
-LOGS = {  # entries of the log, figures and words that the page then tells
-    "one step": (losses(2.5) + ODD, [2.5], ["step 1"]),
-    "many steps": (losses(*(5 - n / 2500 for n in range(10_000))), [5, 1], ["step 10000"]),
-    "steps twice": (losses(5.0, 4.0, 9.0) + losses(3.0, 2.0, first=3), [5, 2], ["step 4"]),
-    "lowest earlier": (LOWEST, [5, 3, 3.75, 3.25], ["step 3", "lowest"]),
-    "nothing of use": (ODD, [], []),
-}
+LOGS = (
+    {  # entries of the log, figures and words that the page then tells
+        "one step": (losses(2.5), [2.5], ["step 1"]),
+        "many steps": (losses(*(5 - n / 2500 for n in range(10_000))), [5, 1], ["step 10000"]),
+        "lowest earlier": (LOWEST, [5, 3, 3.75, 3.25], ["step 3", "lowest"]),
+    }
+    | {f"of no use: {str(line)[:30]}": ([line], [], []) for line in ODD}
+)
 
 
 @pytest.mark.parametrize("name", LOGS)

@@ -91,7 +91,7 @@ def pipeline(request, tiny_models, tmp_path_factory):
 def test_each_stage_takes_what_the_one_before_wrote(pipeline):
     folder, prepared, trained, compared, _ = pipeline
     assert (prepared["train"], prepared["val"]) == (24, 6)
-    assert trained["steps"] == 6  # 2 epochs of 24 rows, 8 a step
+    assert trained["step"] == 6  # 2 epochs of 24 rows, 8 a step
     assert compared["perplexity"]["rows"] == 6
     assert PROMISED <= set(os.listdir(folder / "adapter"))
     assert not [name for name in os.listdir(folder / "adapter") if name.startswith("checkpoint")]

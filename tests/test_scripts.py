@@ -10,6 +10,8 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import nbclient
 import nbformat
@@ -185,7 +187,7 @@ OPTIONS = """--lora-r 0|--lora-r -1|--lora-r 1.5|--lora-r 99999999999|--lora-r a
 --warmup-ratio -0.1|--warmup-ratio 1.1|--warmup-ratio nan
 --batch-size 0|--batch-size -4|--batch-size 10000000000|--batch-size nan
 --gradient-accumulation-steps 0|--gradient-accumulation-steps 10000000000
---max-seq-length 0|--max-seq-length -1|--max-steps 0
+--max-seq-length 0|--max-seq-length -1
 --seed -1|--seed 4294967296|--seed 0.5|--logging-steps 0|--logging-steps -1
 --precision fp8|--target-modules|--load-in-8bit|--batch 4|--resume --overwrite"""
 
@@ -274,19 +276,17 @@ def test_what_stands_in_two_scripts_is_the_same_letter_for_letter():
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "close other programs"),
         (ValueError("Tokenizer class X does not exist or is not currently imported."), "pip"),
-        (OSError("We couldn't connect"), "the Hub gave none"),
+        (OSError("We couldn't connect to the Hub"), "connect.*online, its Hub name"),
     ],
     ids=["memory", "newer", "offline"],
 )
-def test_a_model_of_the_hub_that_does_not_load_is_told_with_the_advice_for_its_reason(
-    reason, advice
+def test_a_model_that_does_not_load_is_told_with_its_reason_and_what_helps(
+    reason, advice, monkeypatch, tmp_path
 ):
-    class Failing:
-        def from_pretrained(name, **kwargs):
-            raise reason
-
-    with pytest.raises(SystemExit, match=advice):
-        lora_finetune.pretrained(Failing, "TinyLlama/TinyLlama-1.1B-Chat-v1.0")
+    failing = SimpleNamespace(from_pretrained=mock.Mock(side_effect=reason))
+    monkeypatch.setattr(lora_finetune, "AutoTokenizer", failing)
+    with pytest.raises(SystemExit, match=f"error: can't load the model Tiny/X: .*{advice}"):
+        lora_finetune.main(["--model", "Tiny/X", "--output", str(tmp_path / "out")])
 
 
 def test_both_scripts_set_the_same_template_where_a_tokenizer_has_none():
@@ -457,7 +457,7 @@ def test_in_a_notebook_the_scripts_run_by_magic_by_shell_and_by_main(tiny, tmp_p
         f"!{python} {ROOT}/prepare_dataset.py --input none.csv\n_exit_code",
         f"%run {train} --max-steps 1 --dataset prepared --model {tiny} --output first",
         f"main(['--epochs', '1', '--dataset', 'prepared', '--model', '{tiny}', "
-        "'--output', 'second'])['steps']",
+        "'--output', 'second'])['step']",
         ALIVE,
     )
     assert "next: python lora_finetune.py --dataset prepared" in seen[0]["stdout"]
