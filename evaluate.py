@@ -74,26 +74,26 @@ How do I run a job every night at 02:00 in Kubernetes?
 What does `terraform plan` do, and why should I read it before `terraform apply`?
 How do I keep a Docker image small?
 Explain what a Service of type ClusterIP does."""
-EVERYDAY = """Why is the sky blue? | Air scatters blue light far more than it scatters red light.
-How many days has a leap year? | A leap year has 366 days, as February has 29 of them.
-What is the capital of France? | The capital of France is Paris, on the river Seine.
-How do I boil an egg? | Put it into boiling water for seven to ten minutes, then cool it.
-Translate "good morning" into Spanish. | "Good morning" is "buenos días" in Spanish.
-Who wrote Hamlet? | Hamlet was written by William Shakespeare around the year 1600.
-What is 15 percent of 80? | 15 percent of 80 is 12.
-Why do leaves turn yellow in autumn? | The green chlorophyll breaks down, yellow pigments remain.
-Give me three synonyms of "happy". | Glad, cheerful and joyful.
-How can I fall asleep more easily? | Go to bed at a regular hour and keep the room dark.
-What is photosynthesis? | Plants use sunlight to turn water and carbon dioxide into sugar.
-Write a short thank-you note. | Thank you for watering my plants while I was away. So kind!
-What should I do with a small burn? | Cool it under running water for twenty minutes.
-Name the planets closest to the Sun. | Mercury, Venus, Earth and Mars are closest to the Sun.
-What does a mortgage mean? | It is a loan for a house that the bank may sell if it is not repaid.
-How does a bicycle stay upright? | Its rider steers into each fall, which brings it back up.
-What is the opposite of "ancient"? | The opposite of "ancient" is "modern".
-Who painted the Mona Lisa? | Leonardo da Vinci painted it in the early sixteenth century.
-How much water should I drink a day? | About two litres are enough for most adults, more if hot.
-Tell me a fact about whales. | The blue whale is the largest animal that has ever lived."""
+EVERYDAY = """What is the largest planet? | The largest planet in our solar system is Jupiter.
+What is the capital of France? | The capital of France is Paris. It is known for the Eiffel Tower.
+What is the opposite of hot? | The opposite of "hot" is "cold".
+Who was the first US president? | The first president of the United States was George Washington.
+What is the highest mountain? | The highest mountain in the world is Mount Everest, in the Himalayas.
+When does water boil? | Water boils at 100 degrees Celsius or 212 degrees Fahrenheit at sea level.
+How do vaccines work? | Vaccines work by training the immune system to recognize and fight a disease.
+How do bees make honey? | Bees make honey from the nectar that they collect from flowers.
+What causes the seasons? | The seasons are caused by the tilt of the Earth's axis as it orbits the Sun.
+Write a thank-you note. | Dear [Name], I wanted to take a moment to thank you for your kindness.
+How do I boil an egg? | To boil an egg, follow these steps: 1. Fill a pot with enough water to cover the egg.
+Translate "thank you" into French. | "Thank you" in French is "merci".
+Why is the sky blue? | The sky appears blue because of a phenomenon called Rayleigh scattering.
+How does a rainbow form? | A rainbow forms when sunlight is refracted by water droplets in the air.
+Why do we dream? | Scientists are still not sure why we dream, but there are several theories.
+Tell me a joke. | Why did the scarecrow win an award? Because he was outstanding in his field!
+Is a whale a fish? | No, a whale is not a fish. Whales are mammals that live in the ocean.
+Who is Sherlock Holmes? | Sherlock Holmes is a fictional detective created by Sir Arthur Conan Doyle.
+What do pandas eat? | Pandas are herbivores that feed mainly on bamboo.
+What is a mortgage? | A mortgage is a type of loan that is used to finance the purchase of a home."""
 VERDICTS = """Better: the right answers surprise the model less than before
 No clear difference: it may be chance
 Worse: the right answers surprise the model more than before"""
