@@ -386,7 +386,7 @@ def generate(model, tokenizer, frame, prompts, args, side):
     return answers
 
 
-def response_nll(model, head, rows):
+def response_nll(model, head, pad_id, rows):
     """Negative log-likelihood in nats of each response token of the rows, (tokens,), in their order.
 
     All logits, (rows, length, vocabulary), would be the largest tensor of a step. So the head runs
@@ -396,7 +396,7 @@ def response_nll(model, head, rows):
     weight = model.get_input_embeddings().weight
     input_ids, labels = (
         pad_sequence([torch.tensor(row[key]) for row in rows], True, padding).to(weight.device)
-        for key, padding in (("input_ids", 0), ("labels", -100))
+        for key, padding in (("input_ids", pad_id), ("labels", -100))
     )
     counts, targets = labels[:, 1:] != -100, labels[:, 1:]  # position i predicts token i + 1
 
@@ -450,7 +450,7 @@ def run_both(model, tokenizer, frame, asked, prompts, groups, args):
     questions = ["\n\n".join(filter(None, [row["instruction"], row["input"]])) for row in asked]
     answers = [{"prompt": q, "reference": row["output"]} for q, row in zip(questions, asked)]
     base, nll, seconds = model.get_base_model(), {}, 0
-    nll_of = partial(response_nll, base, find_head(base))
+    nll_of = partial(response_nll, base, find_head(base), tokenizer.eos_token_id or 0)
     dtype = base.get_input_embeddings().weight.dtype
     autocast = torch.autocast(base.device.type, dtype, dtype != torch.float32)
     for side, switch in ("base", model.disable_adapter()), ("finetuned", contextlib.nullcontext()):

@@ -385,7 +385,7 @@ def show_example(row, tokenizer):
             say(line)
 
 
-def response_nll(model, head, rows):
+def response_nll(model, head, pad_id, rows):
     """Negative log-likelihood in nats of each response token of the rows, (tokens,), in their order.
 
     All logits, (rows, length, vocabulary), would be the largest tensor of a step. So the head runs
@@ -395,7 +395,7 @@ def response_nll(model, head, rows):
     weight = model.get_input_embeddings().weight
     input_ids, labels = (
         pad_sequence([torch.tensor(row[key]) for row in rows], True, padding).to(weight.device)
-        for key, padding in (("input_ids", 0), ("labels", -100))
+        for key, padding in (("input_ids", pad_id), ("labels", -100))
     )
     counts, targets = labels[:, 1:] != -100, labels[:, 1:]  # position i predicts token i + 1
 
@@ -657,7 +657,7 @@ def main(argv=None):
         state = read_checkpoint(folder / CHECKPOINT, run) if args.resume else {}
 
         base = load_base(args.model, device, precision, args.load_in_4bit)
-        nll_of = partial(response_nll, base, find_head(base))
+        nll_of = partial(response_nll, base, find_head(base), tokenizer.eos_token_id or 0)
         model = put_adapter(base, tokenizer, rows, args)
         show_example(rows[0], tokenizer)
 

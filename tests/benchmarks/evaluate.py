@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LOAD = """
-import gc, json, math, sys, time, torch
+import functools, gc, json, math, sys, time, torch
 from pathlib import Path
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -68,7 +68,10 @@ def plain(rows):
         total += output.loss.item() * (labels[:, 1:] != -100).sum().item()
     return total
 def ours(rows):
-    return evaluate.row_nll(model, rows, "base").sum()
+    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
+    parts = evaluate.micro_batches(rows, 4 * len(rows[0]["input_ids"]))
+    nll_of = functools.partial(evaluate.response_nll, model, evaluate.find_head(model), 0)
+    return sum(nll_of(part).double().sum().item() for part in parts)
 def ours_loaded():
     return evaluate.load_base(name, 0 if gpu else "cpu", "fp16" if gpu else "fp32", True)
 with torch.inference_mode():
