@@ -420,8 +420,10 @@ def test_no_micro_batch_takes_more_room_than_batch_size_of_the_longest(tiny, tmp
 
 
 @pytest.mark.parametrize("more", [[], ["--group-by-length"]])
-def test_each_epoch_takes_each_row_once_in_an_order_of_its_own(tiny, tmp_path, monkeypatch, more):
-    data, steps = write_jsonl(tmp_path / "rows.jsonl", ROWS[:15]), [set()]
+def test_each_epoch_takes_each_row_once_in_even_steps_and_an_order_of_its_own(
+    tiny, tmp_path, monkeypatch, more
+):
+    data, steps = write_jsonl(tmp_path / "rows.jsonl", ROWS[:13]), [set()]
     end = AutoTokenizer.from_pretrained(tiny).eos_token_id
 
     def batch(ids):
@@ -435,7 +437,8 @@ def test_each_epoch_takes_each_row_once_in_an_order_of_its_own(tiny, tmp_path, m
     for seed in 1, 7:
         lf.main(flags(tiny, data, tmp_path / f"out{seed}", *more, "--seed", seed))
     epochs = [steps[start : start + 4] for start in range(0, 16, 4)]
-    assert all(len(set.union(*epoch)) == sum(map(len, epoch)) == 15 for epoch in epochs)
+    assert all(len(set.union(*epoch)) == sum(map(len, epoch)) == 13 for epoch in epochs)
+    assert {len(step) for epoch in epochs for step in epoch} == {3, 4}  # no small one at the end
     assert all(epoch not in epochs[:i] for i, epoch in enumerate(epochs))
 
 
