@@ -18,7 +18,27 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small matrices gain nothing from more threads
 
 import offline_model  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+import transformers  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizerFast  # noqa: E402
+
+
+def llama_tokenizer(vocab, merges, legacy):
+    """Llama's tokenizer over a few pieces; transformers 4 makes it from SentencePiece's model."""
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return LlamaTokenizerFast(vocab=vocab, merges=merges, legacy=legacy)
+    backend = Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    if legacy:
+        blanks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        backend.normalizer = normalizers.Sequence(blanks)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*parts, decoders.Strip(content=" ", left=1)])
+    named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return LlamaTokenizerFast(tokenizer_object=backend, legacy=legacy, **named)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, LlamaTokenizer
+from conftest import llama_tokenizer
+from transformers import AutoTokenizer
 
 import evaluate
 import lora_finetune
@@ -155,7 +156,7 @@ def test_adapter_holds_lora_weights_of_the_named_layers_only(pipeline):
 def test_the_saved_tokenizer_splits_as_the_one_of_training(tiny, tmp_path, legacy):
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3, "a": 4, "\n": 5, "\u2581a": 6}
     vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
-    tokenizer = LlamaTokenizer(vocab=vocab, merges=[("\u2581", "a")], legacy=legacy)
+    tokenizer = llama_tokenizer(vocab, [("\u2581", "a")], legacy)
     tokenizer.chat_template = AutoTokenizer.from_pretrained(tiny).chat_template
     tokenizer.init_kwargs["legacy"] = legacy
     folder = shutil.copytree(tiny, tmp_path / "model")
