@@ -378,7 +378,12 @@ MODELS = {  # heads twenty times larger than at random, so that a softcap or a s
     "llama": {},
     "phi": {},
     "qwen2": {"num_key_value_heads": 2},
-    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 2.0},
+    "gemma2": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "final_logit_softcapping": 2.0,
+        "attn_logit_softcapping": None,  # transformers 4 leaves it out of its default attention
+    },
     "granite": {"num_key_value_heads": 2, "logits_scaling": 3.0},
     "cohere": {"num_key_value_heads": 2, "logit_scale": 0.3},
 }
