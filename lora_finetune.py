@@ -300,7 +300,7 @@ def encode_rows(records, tokenizer, frame, max_length, path):
     one = partial(encode, tokenizer=tokenizer, frame=frame, max_length=max_length)
     rows = datasets.Dataset.from_list(records)
     rows = rows.map(one, remove_columns=rows.column_names, new_fingerprint="encoded")
-    lengths = rows.to_pandas()["length"]
+    lengths = rows.select_columns("length").to_pandas()["length"]
     kept = [i for i, count in enumerate(rows["answer_tokens"]) if count]
     cut, dropped = sum(lengths > max_length), len(rows) - len(kept)
     say(f"data        {len(kept):,} rows <- {path}; {cut:,} cut, {dropped:,} dropped, all prompt")
