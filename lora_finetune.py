@@ -370,7 +370,8 @@ def put_adapter(base, tokenizer, rows, args):
     lora = peft.LoraConfig(target_modules=args.target_modules, task_type="CAUSAL_LM", **lora)
     if args.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    model = peft.get_peft_model(base, lora).train()
+    with explained("--target-modules", "choose other layers"):
+        model = peft.get_peft_model(base, lora).train()
     say(f"model       {args.model}, {memory_mib():,} MiB")
     say(f"adapter     {model.get_nb_trainable_parameters()[0]:,} parameters are trained")
     return model

@@ -957,3 +957,20 @@ def test_a_disk_that_is_full_at_the_end_ends_in_one_line(tiny, data, tmp_path, c
     with largest_file((model / "tokenizer.json").stat().st_size // 2):
         line = error_line(flags(model, data, tmp_path / "out", "--max-steps", 1), capsys)
     assert line.startswith(f"error: can't write to {tmp_path}/out")
+
+
+def test_a_model_without_attention_names_its_layers_and_trains_one_of_them(
+    tiny, data, tmp_path, capsys
+):
+    folder = tmp_path / "mamba"
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 16, "num_heads": 8}
+    shape |= {"head_dim": 16, "n_groups": 1, "chunk_size": 16, "vocab_size": 1000}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba2", **shape)).save_pretrained(
+        folder
+    )
+    run = flags(folder, data, tmp_path / "out", "--max-steps", 1)
+    assert error_line(run, capsys).endswith("no such layer; this model has in_proj, out_proj")
+    assert "out_proj" in error_line([*run, "--target-modules", "out_proj"], capsys)
+    lf.main([*run, "--target-modules", "in_proj"])
+    assert len(load_file(tmp_path / "out/adapter_model.safetensors")) == 2 * 2  # layers x (A, B)
