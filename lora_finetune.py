@@ -601,7 +601,7 @@ def plan(args, precision, rows, source):
     run["epoch_steps"] = math.ceil(rows / run["rows_per_step"])
     run["steps"] = math.ceil(args.epochs * run["epoch_steps"])
     run |= {"steps": args.max_steps} if args.max_steps > 0 else {}
-    form = "training    {steps:,} steps of {rows_per_step} rows ({epoch_steps:,} steps an epoch)"
+    form = "training    {steps:,} steps of up to {rows_per_step} rows, {epoch_steps:,} an epoch"
     say(form.format(**run))
     return run
 
