@@ -323,6 +323,8 @@ def load_base(name, device, precision, load_in_4bit):
         model, info = AutoModelForCausalLM.from_pretrained(name, **options)
         if info["missing_keys"]:
             raise ValueError(f"it lacks weights, such as {sorted(info['missing_keys'])[0]}")
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # sdpa leaves the cap out, in transformers < 5.22
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, slowly
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):

@@ -382,7 +382,7 @@ MODELS = {  # heads twenty times larger than at random, so that a softcap or a s
         "head_dim": 16,
         "query_pre_attn_scalar": 16,
         "final_logit_softcapping": 2.0,
-        "attn_logit_softcapping": None,  # transformers 4 leaves it out of its default attention
+        "attn_logit_softcapping": 1.0,
     },
     "granite": {"num_key_value_heads": 2, "logits_scaling": 3.0},
     "cohere": {"num_key_value_heads": 2, "logit_scale": 0.3},
