@@ -21,7 +21,6 @@ import sys
 import tempfile
 import textwrap
 import time
-import traceback
 import unicodedata
 import warnings
 from functools import partial
@@ -186,16 +185,16 @@ def read_adapter(folder, args):
 def check_output(output, folder, *read):
     """Refuse, before the work, an output that can't be written or would overwrite what is read."""
     read = [*folder.glob("*.json"), *(Path(path) for path in read if path)]
-    if output.suffix != ".json" or output.resolve() in map(Path.resolve, read):
-        sys.exit(f"error: {output} is no .json file or is read here; choose another --output")
+    for path in output, output.with_suffix(".html"):
+        if output.suffix != ".json" or path.is_dir() or path.resolve() in map(Path.resolve, read):
+            sys.exit(f"error: {path} is read here, or not for writing; --output takes a new .json")
     nearest = next(path for path in output.absolute().parents if path.exists())
     with explained(f"can't write to {nearest}", "choose another --output"):
         tempfile.TemporaryFile(dir=nearest).close()
 
 
-def to_record(line):
-    """A line of JSONL as {"instruction", "input", "output"}, all str; else raises ValueError."""
-    row = json.loads(line.decode("utf-8-sig"))
+def to_record(row):
+    """A row of JSON as {"instruction", "input", "output"}, all str; else raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("not an object")
     record = {key: row.get(key) or "" for key in ("instruction", "input", "output")}
@@ -213,7 +212,8 @@ def read_jsonl(path):
         lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         with explained(f"{path}:{number}", advice):
-            records += [to_record(line)] if line.strip() else []
+            if line.strip():
+                records.append(to_record(json.loads(line.decode("utf-8-sig"))))
     return records or sys.exit(f"error: {path}: no records in it; {advice}")
 
 
@@ -223,8 +223,7 @@ def read_prompts(path):
     prompts, records = read_json(path, list, advice) if path else QUESTIONS.splitlines(), []
     for number, prompt in enumerate(prompts, 1):
         with explained(f"{path}: item {number}", advice):
-            line = json.dumps({"instruction": prompt, "output": "none"})
-            records.append(to_record(line.encode()) | {"output": None})
+            records.append(to_record({"instruction": prompt, "output": "-"}) | {"output": None})
     return records or sys.exit(f"error: {path}: no question in it; {advice}")
 
 
@@ -658,11 +657,7 @@ def print_side_by_side(prompts):
 
 def main(argv=None):
     args = parse_args(argv)
-    failed = getattr(sys, "last_value", None)
-    while failed:  # in a notebook: free what a failed cell holds
-        traceback.clear_frames(failed.__traceback__)
-        failed = failed.__context__
-    clear_device_cache(garbage_collection=True)
+    clear_device_cache(garbage_collection=True)  # in a notebook: what an earlier cell has left
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")  # between the libraries, or of a bootstrap without spread
     if HIDE_BARS:

@@ -20,7 +20,6 @@ import signal
 import sys
 import textwrap
 import time
-import traceback
 import warnings
 from functools import partial
 from importlib.metadata import version
@@ -61,7 +60,7 @@ LORA_DROPOUT = 0.05  # 0 up to 1
 TARGET_MODULES = ["q_proj", "v_proj"]  # linear layers that get an adapter
 # training
 EPOCHS = 3.0  # passes over the data
-MAX_STEPS = -1  # optimizer steps instead of epochs, below 1: off; 5 gives a quick look
+MAX_STEPS = -1  # optimizer steps instead of epochs, -1: off; 5 gives a quick look
 LEARNING_RATE = 2e-4  # peak; cosine schedule down to 0
 WARMUP_RATIO = 0.03  # share of the steps on which the rate rises
 BATCH_SIZE = 4  # longest rows at once on each device; of shorter ones as many as take no more room
@@ -125,7 +124,7 @@ def parse_args(argv=None):
     add("--lora-dropout", LORA_DROPOUT, "share dropped", type=float)
     add("--target-modules", TARGET_MODULES, "linear layers to adapt", nargs="+")
     add("--epochs", EPOCHS, "passes over the data", type=float)
-    add("--max-steps", MAX_STEPS, "instead of epochs; below 1: off", type=int)
+    add("--max-steps", MAX_STEPS, "instead of epochs; -1: off", type=int)
     add("--learning-rate", LEARNING_RATE, "at its peak", type=float)
     add("--warmup-ratio", WARMUP_RATIO, "share of the steps", type=float)
     add("--batch-size", BATCH_SIZE, "longest rows at once", type=int)
@@ -143,6 +142,8 @@ def parse_args(argv=None):
         low, high = RANGES.get(name, (1, 2**31))
         if type(value) in (int, float) and not low <= value <= high:
             parser.error(f"argument --{name.replace('_', '-')}: must be from {low} to {high}")
+    if args.max_steps == 0:
+        parser.error("argument --max-steps: must be at least 1, or -1 for --epochs")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run, --overwrite drops it; choose one")
     return args
@@ -178,9 +179,8 @@ def find_data(args):
     return source / "train.jsonl" if source.is_dir() else source, val_source
 
 
-def to_record(line):
-    """A line of JSONL as {"instruction", "input", "output"}, all str; else raises ValueError."""
-    row = json.loads(line.decode("utf-8-sig"))
+def to_record(row):
+    """A row of JSON as {"instruction", "input", "output"}, all str; else raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("not an object")
     record = {key: row.get(key) or "" for key in ("instruction", "input", "output")}
@@ -198,7 +198,8 @@ def read_jsonl(path):
         lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         with explained(f"{path}:{number}", advice):
-            records += [to_record(line)] if line.strip() else []
+            if line.strip():
+                records.append(to_record(json.loads(line.decode("utf-8-sig"))))
     return records or sys.exit(f"error: {path}: no records in it; {advice}")
 
 
@@ -210,9 +211,9 @@ def claimed(folder, args):
     if held and not args.overwrite:
         way = "an unfinished run; --resume" if unfinished else "a finished run; another --output"
         sys.exit(f"error: {folder} holds {way} keeps it, --overwrite drops it")
-    with explained(f"can't write to {folder}", OUTPUT_ADVICE, OSError):
-        with filelock.FileLock(folder / f".lock{RANK or ''}", timeout=0):
-            yield
+    lock = filelock.FileLock(folder / f".lock{RANK or ''}", timeout=0)
+    with explained(f"can't write to {folder}", OUTPUT_ADVICE, OSError), lock:
+        yield
 
 
 def memory_mib():
@@ -224,9 +225,6 @@ def memory_mib():
 
 def choose_device(args):
     """Return the device of this process and the precision it computes in, and say which."""
-    if WORLD_SIZE > 1:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend)
     if not torch.cuda.is_available():
         say(f"device      no GPU found by torch {torch.__version__}; training on the CPU in fp32")
         return "cpu", "fp32"
@@ -488,8 +486,9 @@ def validate(model, nll_of, rows, room):
             nats += nll_of(part).double().sum().item()
     model.train()
     nats, tokens = add_up([nats, sum(row["answer_tokens"] for row in ordered)])
-    say(f"validation loss {nats / tokens:.4f}, perplexity {math.exp(min(nats / tokens, 700)):.3f}")
-    return nats / tokens if math.isfinite(nats) else sys.exit(NOT_FINITE)
+    loss = nats / tokens
+    say(f"validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.3f}")
+    return loss if math.isfinite(loss) else sys.exit(NOT_FINITE)
 
 
 def save_checkpoint(path, state, model, optimizer, scaler):
@@ -635,11 +634,7 @@ def summarize(log):
 
 def main(argv=None):
     args = parse_args(argv)
-    failed = getattr(sys, "last_value", None)
-    while failed:  # in a notebook: free what a failed cell holds
-        traceback.clear_frames(failed.__traceback__)
-        failed = failed.__context__
-    clear_device_cache(garbage_collection=True)
+    clear_device_cache(garbage_collection=True)  # in a notebook: what an earlier cell has left
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries
     if HIDE_BARS:
@@ -651,6 +646,9 @@ def main(argv=None):
     folder, limit = Path(args.output), args.max_seq_length
     with claimed(folder, args):
         device, precision = choose_device(args)
+        if WORLD_SIZE > 1:
+            backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+            torch.distributed.init_process_group(backend)
         with explained(f"can't load the model {args.model}", MODEL_ADVICE):
             tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         frame = chat_frame(tokenizer)

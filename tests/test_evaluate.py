@@ -556,6 +556,7 @@ EARLY = [  # told before a model is loaded; "moved" is a copy of a good adapter
     *wrong("--output f/r.json", "f", ""),
     *wrong("--output p.json --prompts p.json", "p.json", '["a"]'),
     *wrong("--output v.json --val-data v.json", "v.json", GOOD),
+    *wrong("--output r.json", "r.html/x", "", named="r.html"),
 ]
 LATE = [
     *wrong("", W, lambda path: os.truncate(path, 1000), "hello", named=M),
