@@ -391,8 +391,8 @@ def response_nll(model, head, pad_id, rows):
     """Negative log-likelihood in nats of each response token of the rows, (tokens,), in their order.
 
     All logits, (rows, length, vocabulary), would be the largest tensor of a step. So the head runs
-    only where a label counts, 256 tokens at a time, and again in the backward pass; without a head
-    (see find_head) the model computes all. Causal attention never looks at padding on the right.
+    only where a label counts, 16 million logits at a time, and again in the backward pass; without
+    a head (see find_head) the model computes all. Causal attention never looks at right padding.
     """
     weight = model.get_input_embeddings().weight
     input_ids, labels = (
@@ -402,12 +402,13 @@ def response_nll(model, head, pad_id, rows):
     counts, targets = labels[:, 1:] != -100, labels[:, 1:]  # position i predicts token i + 1
 
     def part_nll(states, targets):
-        logits = head(states) if head else states
-        return F.cross_entropy(logits.float(), targets, reduction="none")
+        logp = F.log_softmax(head(states) if head else states, dim=-1, dtype=torch.float32)
+        return F.nll_loss(logp, targets, reduction="none")
 
     with torch.autocast(weight.device.type, weight.dtype, weight.dtype != torch.float32):
         outputs = (model.base_model if head else model)(input_ids=input_ids, use_cache=False)
-        parts = zip(outputs[0][:, :-1][counts].split(256), targets[counts].split(256))
+        states, size = outputs[0][:, :-1][counts], 2**24 // len(weight)
+        parts = zip(states.split(size), targets[counts].split(size))
         return torch.cat([checkpoint(part_nll, *part, use_reentrant=False) for part in parts])
 
 
