@@ -300,7 +300,7 @@ def main(argv=None):
     args = parse_args(argv)
     source, folder = Path(args.input), Path(args.output)
     if not os.path.isfile(source):
-        sys.exit(f"error: {source}: no such file; --input takes a table, JSON or parquet file")
+        sys.exit(f"error: {source}: no such file; --input takes one file, no folder of files")
     if source.resolve() in [(folder / name).resolve() for name in FILES]:
         sys.exit(f"error: {source} would be overwritten; choose another --output")
     asked = {pair.partition("=")[0]: [fold(pair.partition("=")[2])] for pair in args.columns}
@@ -337,8 +337,8 @@ def main(argv=None):
     print(f"columns    {taken}; not used: {str([n for n in names if n not in taken])[:160]}")
     some = kept[:: len(kept) // 100_000 + 1]  # of a large file not every row is measured
     words = sum(some[field].map(lambda text: len(text.split())) for field in FIELDS)
-    median, p95, longest = words.quantile([0.5, 0.95, 1], interpolation="higher")
-    print(f"length     median {median:,}, p95 {p95:,}, max {longest:,} words a row")
+    sizes = *words.quantile([0.5, 0.95, 1], interpolation="higher"), len(some)
+    print("length     median {:,}, p95 {:,}, max {:,} words, of {:,} rows".format(*sizes))
     print(f"next: python lora_finetune.py --dataset {folder}")
     return {name: count for name, (count, _) in report.items()}
 
