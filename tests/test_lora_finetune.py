@@ -377,7 +377,7 @@ def test_one_step_equals_a_reference_by_hand(tiny, tmp_path, precision, split):
 MODELS = {  # heads twenty times larger than at random, so that a softcap or a scale matters
     "llama": {},
     "phi": {},
-    "qwen2": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2, "vocab_size": 2**17},  # the head in parts of 128 tokens
     "gemma2": {
         "head_dim": 16,
         "query_pre_attn_scalar": 16,
