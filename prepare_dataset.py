@@ -299,8 +299,8 @@ def check(frame, rejected: list, names: list, args) -> str:
 def main(argv=None):
     args = parse_args(argv)
     source, folder = Path(args.input), Path(args.output)
-    if not os.path.isfile(source):
-        sys.exit(f"error: {source}: no such file; --input takes one file, no folder of files")
+    if not (os.path.isfile(source) and os.path.getsize(source)):
+        sys.exit(f"error: {source}: no such file, or no rows in it; --input takes one file of rows")
     if source.resolve() in [(folder / name).resolve() for name in FILES]:
         sys.exit(f"error: {source} would be overwritten; choose another --output")
     asked = {pair.partition("=")[0]: [fold(pair.partition("=")[2])] for pair in args.columns}
