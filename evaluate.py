@@ -23,6 +23,7 @@ import textwrap
 import time
 import unicodedata
 import warnings
+from collections import namedtuple
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +39,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate.utils.memory import clear_device_cache
-from bitsandbytes.functional import dequantize_blockwise
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -105,6 +105,7 @@ ALPACA_TEMPLATE = (  # for tokenizers that come without a chat template
     "### Instruction:\n{{ message['content'] }}\n\n### Response:\n"
     "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+Frame = namedtuple("Frame", ["head", "tail", "blank", "end", "special"])  # see chat_frame
 ODD = ("R", "AL", "NSM")  # letters from right to left, and marks that take no column
 TITLES = {"base": "before", "finetuned": "after", "reference": "right answer"}
 HIDE_BARS = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
@@ -139,13 +140,21 @@ def parse_args(argv=None):
     return args
 
 
+# The same in lora_finetune.py, letter for letter.
 @contextlib.contextmanager
 def explained(what, advice, kind=Exception):
-    """Within, an error of a library ends the program in one line: what failed, why, what helps."""
+    """Within, an error of a library ends the program in one line: what failed, why, what helps.
+
+    Put it around the one call that fails so. TRACEBACK=1 in the environment shows the whole error.
+    """
     try:
         yield
     except kind as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, NameError) or os.environ.get("TRACEBACK"):
+            raise  # the first is a slip in this file, and no library's
+        reason = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror  # without the path, which `what` names
         reason = textwrap.shorten(reason, 200)
         if "out of memory" in reason:
             advice = "lower --batch-size, close other programs or choose a smaller --model"
@@ -193,28 +202,39 @@ def check_output(output, folder, *read):
         tempfile.TemporaryFile(dir=nearest).close()
 
 
+# The same in lora_finetune.py, letter for letter.
 def to_record(row):
     """A row of JSON as {"instruction", "input", "output"}, all str; else raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("not an object")
-    record = {key: row.get(key) or "" for key in ("instruction", "input", "output")}
-    for key, text in record.items():
-        if not isinstance(text, str) or not (text.strip() or key == "input"):
-            raise ValueError(f'"{key}" is {"no text" if text else "missing"}')
+    record = {}
+    for key in ["instruction", "input", "output"]:
+        text = row.get(key) or ""
+        if not isinstance(text, str):
+            raise ValueError(f'"{key}" is no text')
+        if not text.strip() and key != "input":
+            raise ValueError(f'"{key}" is missing')
         record[key] = text.encode().decode().strip()  # a ValueError if half a character
     return record
 
 
+# The same in lora_finetune.py, letter for letter.
 def read_jsonl(path):
     """The records of a JSONL file; a line that is none ends the program."""
-    records, advice = [], "prepare_dataset.py makes and mends such files"
-    with explained(path, advice):
+    advice = "prepare_dataset.py makes and mends such files"
+    with explained(path, advice, OSError):
         lines = Path(path).read_bytes().split(b"\n")
+
+    records = []
     for number, line in enumerate(lines, 1):
-        with explained(f"{path}:{number}", advice):
-            if line.strip():
-                records.append(to_record(json.loads(line.decode("utf-8-sig"))))
-    return records or sys.exit(f"error: {path}: no records in it; {advice}")
+        if not line.strip():
+            continue
+        with explained(f"{path}:{number}", advice, (ValueError, RecursionError)):
+            row = json.loads(line.decode("utf-8-sig"))
+            records.append(to_record(row))
+    if not records:
+        sys.exit(f"error: {path}: no records in it; {advice}")
+    return records
 
 
 def read_prompts(path):
@@ -227,106 +247,172 @@ def read_prompts(path):
     return records or sys.exit(f"error: {path}: no question in it; {advice}")
 
 
+# The same in lora_finetune.py, letter for letter.
 def chat_frame(tokenizer):
-    """Return (head, tail, end, special ids) of the chat template around one question and answer.
+    """Return the Frame that the chat template puts around one question and its answer.
 
-    The prompt is head + question + tail, the response answer + end; end closes with the end-of-turn
-    token. The template, an Alpaca-style one if there is none, is made to tell one day as today's.
+    The prompt is head + question + tail, the response blank + answer + end; special holds the ids
+    of control tokens. A blank before the answer is not the prompt's: the token that holds it often
+    holds the answer's first letter too. end closes with the end-of-turn token.
     """
     if not tokenizer.chat_template:
-        adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = "{{ bos_token }}" * adds_bos + ALPACA_TEMPLATE
-    question, answer = "\ue000", "\ue001"  # private-use characters: no template contains them
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        tokenizer.chat_template = ALPACA_TEMPLATE
+        if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+            tokenizer.chat_template = "{{ bos_token }}" + ALPACA_TEMPLATE
+
+    question = "\ue000"  # these two are private-use characters: no template contains them
+    answer = "\ue001"
+    asked = [{"role": "user", "content": question}]
+    answered = [*asked, {"role": "assistant", "content": answer}]
     with explained("the model's chat template fails", "choose another --model"):
         template = tokenizer.get_chat_template()
-        if "strftime_now" in template:
+        if "strftime_now" in template:  # it tells the date: from now on, always the same one
             template = "{% macro strftime_now(form) %}01 Jan 2025{% endmacro %}" + template
         tokenizer.chat_template = template
-        prompt = tokenizer.apply_chat_template(
-            turns[:1], tokenize=False, add_generation_prompt=True
-        )
-        head, rest = tokenizer.apply_chat_template(turns, tokenize=False).split(question)
+        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(answered, tokenize=False)
+        head, rest = whole.split(question)
         tail, end = rest.split(answer)
-        if not (head + question + tail).startswith(prompt):
+        if not whole.startswith(prompt):
             raise ValueError("it writes a prompt and its answer apart")
-    special = {id: t.content for id, t in tokenizer.added_tokens_decoder.items() if t.special}
-    ends = [end.index(token) + len(token) for token in special.values() if token in end]
-    end = end[: min(ends)] if ends else end + (tokenizer.eos_token or "")
-    return head, tail, end, set(special)
+    stripped = tail.rstrip(" ")
+    blank = tail[len(stripped) :]
+
+    special = set()
+    stops = []  # where in `end` a control token is over: the first of them ends the turn
+    for id, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            special.add(id)
+            if token.content in end:
+                stops.append(end.index(token.content) + len(token.content))
+    if stops:
+        end = end[: min(stops)]
+    else:
+        end += tokenizer.eos_token or ""
+    return Frame(head, stripped, blank, end, special)
 
 
+# The same in lora_finetune.py, letter for letter.
 def encode(record, tokenizer, frame, max_length):
-    """Turn a record into {"input_ids", "labels", "length" before the cut, "answer_tokens"}.
+    """Turn a record into what response_nll reads: input_ids and labels, and three numbers.
 
-    The labels are the ids of answer + end, and -100 before. The whole text is tokenized at once, as
-    prompt and answer tokenized apart need not give the same ids; a token belongs to the answer if
-    it starts there. A control token typed in a record (such as </s>) is spelled out as plain text.
+    The labels are the ids of the response, and -100 before. The whole text is tokenized at once, as
+    prompt and response tokenized apart need not give the same ids; a token belongs to the response
+    if it starts there. A control token typed in a record (such as </s>) is spelled as plain text.
     """
-    head, tail, end, special = frame
-    question = "\n\n".join(part for part in (record["instruction"], record["input"]) if part)
-    start = len(head) + len(question) + len(tail)
-    text = head + question + tail + record["output"] + end
-    typed = range(len(head), len(head + question)), range(start, len(text) - len(end))
+    question = record["instruction"]
+    if record["input"]:
+        question += "\n\n" + record["input"]
+    prompt = frame.head + question + frame.tail
+    text = prompt + frame.blank + record["output"] + frame.end
+    question_start = len(frame.head)
+    question_end = question_start + len(question)
+    answer_start = len(prompt)
+    answer_end = len(text) - len(frame.end)
+
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    spell = partial(tokenizer, add_special_tokens=False, split_special_tokens=True)
-    input_ids, labels = [], []
-    for id, (left, right) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
-        plain = id in special and any(left in part for part in typed)
-        ids = spell(text[left:right])["input_ids"] if plain else [id]
+    input_ids = []
+    prompt_tokens = 0
+    for id, (start, stop) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        in_question = question_start <= start < question_end
+        in_answer = answer_start <= start < answer_end
+        ids = [id]
+        if id in frame.special and (in_question or in_answer):
+            part = text[start:stop]
+            spelled = tokenizer(part, add_special_tokens=False, split_special_tokens=True)
+            ids = spelled["input_ids"]
         input_ids += ids
-        labels += ids if left >= start else [-100] * len(ids)
-    row = {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}
-    answer_tokens = len(row["labels"]) - row["labels"].count(-100)
-    return row | {"length": len(input_ids), "answer_tokens": answer_tokens}
+        if start < answer_start:
+            prompt_tokens += len(ids)
+
+    labels = [-100] * prompt_tokens + input_ids[prompt_tokens:]
+    labels = labels[:max_length]
+    shifted = labels[1:]  # the first token is never predicted
+    return {
+        "input_ids": input_ids[:max_length],
+        "labels": labels,
+        "length": len(input_ids),  # before the cut
+        "prompt_tokens": prompt_tokens,  # before the cut
+        "targets": len(shifted) - shifted.count(-100),  # how many tokens the loss counts
+    }
 
 
+# The same in lora_finetune.py, letter for letter.
 def load_base(name, device, precision, load_in_4bit):
-    """Load a causal language model, its linear layers in doubly quantised NF4 if asked."""
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **nf4)
-    options = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
-    options |= {"trust_remote_code": False, "output_loading_info": True}
-    options |= {"quantization_config": nf4} if load_in_4bit else {}
+    """Load a causal language model, its linear layers in NF4 if asked."""
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    dtype = dtypes[precision]
+    options = {}
+    if load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+        )
     with explained(f"can't load the model {name}", MODEL_ADVICE):
-        model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
         if info["missing_keys"]:
-            raise ValueError(f"it lacks weights, such as {sorted(info['missing_keys'])[0]}")
-    if getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # sdpa leaves the cap out, in transformers < 5.22
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, slowly
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            # one kernel for the RMSNorm of Llama and kin: a fifth of a step's time on a GPU
-            norm = {"weight": module.weight, "eps": module.variance_epsilon}
-            module.forward = partial(F.rms_norm, normalized_shape=module.weight.shape, **norm)
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # else the first evaluation repacks the NF4 weights in place, and training goes wrong
-            module.support_avx512bf16_for_cpu = False
-        scales = getattr(getattr(module, "weight", None), "quant_state", None)
-        if scales and scales.nested:  # quantised too: decoded here once, not at each use
-            scales.absmax = dequantize_blockwise(scales.absmax, scales.state2) + scales.offset
-            scales.nested = False
+            raise ValueError(f"it lacks weights, such as {min(info['missing_keys'])}")
     return model
 
 
+# The same in lora_finetune.py, letter for letter.
+def mend(model):
+    """Change, in place, what libraries do wrongly or slowly with some models."""
+    # It plans anew for each length of the rows, slowly.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+    # Gemma 2 caps its attention's scores; sdpa leaves the cap out, in transformers < 5.22.
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
+
+    for module in model.modules():
+        # Else the first evaluation repacks the NF4 weights in place, and training goes wrong.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+        # One kernel for the RMSNorm of Llama and kin: a fifth of a step's time on a GPU.
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            module.forward = partial(
+                F.rms_norm,
+                normalized_shape=module.weight.shape,
+                weight=module.weight,
+                eps=module.variance_epsilon,
+            )
+
+
+# The same in lora_finetune.py, letter for letter.
 def find_head(model):
     """The head, where logits are head(hidden states) and no more; else None (Gemma 2, Granite)."""
-    head, probe = model.get_output_embeddings(), torch.arange(8, device=model.device)[None]
+    head = model.get_output_embeddings()
+    if head is None:
+        return None
+    probe = torch.arange(8, device=model.device)[None]
     with torch.no_grad():
         logits = model(input_ids=probe, use_cache=False).logits.float()
         hidden = model.base_model(input_ids=probe, use_cache=False)[0]
-        if head is None or hidden.shape[-1] != head.weight.shape[-1]:
+        if hidden.shape[-1] != head.weight.shape[-1]:
             return None
-        difference = head(hidden.to(head.weight.dtype)).float() - logits
-    return head if difference.norm() < 1e-3 * logits.norm() else None
+        hidden = hidden.to(head.weight.dtype)
+        difference = head(hidden).float() - logits
+    if difference.norm() < 1e-3 * logits.norm():
+        return head
+    return None
 
 
 def load_pair(trained, folder):
     """Load the base and put the adapter on it, checking that the two belong together."""
     name, device = trained["model"], 0 if torch.cuda.is_available() else "cpu"
     base = load_base(name, device, trained["precision"], trained["load_in_4bit"])
+    mend(base)
     with explained(f"adapter {folder} does not fit {name}", "pass the --model it was trained on"):
         norm = base.get_input_embeddings().weight[::100].double().norm().item()
         if not math.isclose(norm, trained["embedding_norm"] or norm, rel_tol=1e-5):
@@ -348,13 +434,13 @@ def encode_all(base, tokenizer, frame, asked, groups, limit, args):
     limit, encoded = limit or context, {}
     for name, records in groups.items():
         rows = [encode(record, tokenizer, frame, limit) for record in records]
-        rows = [row for row in rows if row["answer_tokens"]]
+        rows = [row for row in rows if row["targets"]]
         encoded[name] = sorted(rows, key=lambda row: -len(row["input_ids"]))
         if not encoded[name]:
             where = f"{name}, {args.val_data}: no answer within {limit} tokens"
             sys.exit(f"error: {where}; take shorter rows")
     rows = [encode(record | {"output": ""}, tokenizer, frame, 2**30) for record in asked]
-    prompts = [row["input_ids"][: row["labels"].count(-100)] for row in rows]
+    prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
     longest, size = max(map(len, prompts)), len(base.get_input_embeddings().weight)
     if longest + args.max_new_tokens > context:
         room = f"of {longest:,} tokens and its answer are beyond the model's {context:,}"
@@ -368,7 +454,7 @@ def encode_all(base, tokenizer, frame, asked, groups, limit, args):
 def generate(model, tokenizer, frame, prompts, args, side):
     """Answer prompts (token ids) greedily: [{side: text, side_stopped: bool, side_tokens: int}]."""
     named = np.atleast_1d(model.generation_config.eos_token_id or []).tolist()
-    end_of_turn = tokenizer(frame[2], add_special_tokens=False)["input_ids"][-1:]
+    end_of_turn = tokenizer(frame.end, add_special_tokens=False)["input_ids"][-1:]
     stops = {*named, *end_of_turn, tokenizer.eos_token_id} - {None}
     config = {"do_sample": False, "max_new_tokens": args.max_new_tokens, "pad_token_id": 0}
     config = GenerationConfig(eos_token_id=sorted(stops) or None, **config)
@@ -387,31 +473,44 @@ def generate(model, tokenizer, frame, prompts, args, side):
     return answers
 
 
+# The same in lora_finetune.py, letter for letter.
 def response_nll(model, head, pad_id, rows):
-    """Negative log-likelihood in nats of each response token of the rows, (tokens,), in their order.
+    """Negative log-likelihood in nats of each target of the rows, (targets,), in their order.
 
     All logits, (rows, length, vocabulary), would be the largest tensor of a step. So the head runs
     only where a label counts, 16 million logits at a time, and again in the backward pass; without
     a head (see find_head) the model computes all. Causal attention never looks at right padding.
     """
     weight = model.get_input_embeddings().weight
-    input_ids, labels = (
-        pad_sequence([torch.tensor(row[key]) for row in rows], True, padding).to(weight.device)
-        for key, padding in (("input_ids", pad_id), ("labels", -100))
-    )
-    counts, targets = labels[:, 1:] != -100, labels[:, 1:]  # position i predicts token i + 1
+
+    def padded(key, padding):
+        tensors = [torch.tensor(row[key]) for row in rows]
+        table = pad_sequence(tensors, batch_first=True, padding_value=padding)
+        return table.to(weight.device)
 
     def part_nll(states, targets):
-        logp = F.log_softmax(head(states) if head else states, dim=-1, dtype=torch.float32)
-        return F.nll_loss(logp, targets, reduction="none")
+        logits = head(states) if head else states
+        log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        return F.nll_loss(log_p, targets, reduction="none")
 
-    with torch.autocast(weight.device.type, weight.dtype, weight.dtype != torch.float32):
-        outputs = (model.base_model if head else model)(input_ids=input_ids, use_cache=False)
-        states, size = outputs[0][:, :-1][counts], 2**24 // len(weight)
-        parts = zip(states.split(size), targets[counts].split(size))
-        return torch.cat([checkpoint(part_nll, *part, use_reentrant=False) for part in parts])
+    input_ids = padded("input_ids", pad_id)
+    targets = padded("labels", -100)[:, 1:]  # position i predicts token i + 1
+    counts = targets != -100
+    targets = targets[counts]
+    network = model.base_model if head else model
+    mixed = weight.dtype != torch.float32
+    with torch.autocast(weight.device.type, weight.dtype, enabled=mixed):
+        outputs = network(input_ids=input_ids, use_cache=False)
+        states = outputs[0][:, :-1]  # hidden states, or without a head logits
+        states = states[counts]
+        size = 2**24 // len(weight)
+        nll = []
+        for part in zip(states.split(size), targets.split(size)):
+            nll.append(checkpoint(part_nll, *part, use_reentrant=False))
+        return torch.cat(nll)
 
 
+# The same in lora_finetune.py, letter for letter.
 def micro_batches(rows, room):
     """Cut rows, longest first, into lists that with their padding take at most `room` tokens."""
     while rows:
@@ -465,9 +564,9 @@ def run_both(model, tokenizer, frame, asked, prompts, groups, args):
                 parts = list(micro_batches(rows, args.batch_size * len(rows[0]["input_ids"]) // 2))
                 bar = tqdm(parts, f"{name}, {TITLES[side]}", disable=HIDE_BARS, leave=False)
                 nats = torch.cat([nll_of(part) for part in bar]).double().cpu()
-                nats = nats.split([row["answer_tokens"] for row in rows])
+                nats = nats.split([row["targets"] for row in rows])
                 nll[name, side] = np.array([row.sum().item() for row in nats])
-    tokens = {name: np.array([row["answer_tokens"] for row in groups[name]]) for name in groups}
+    tokens = {name: np.array([row["targets"] for row in groups[name]]) for name in groups}
     figures = {n: compare(nll[n, "base"], nll[n, "finetuned"], tokens[n]) for n in groups}
     return answers, seconds, figures
 
@@ -591,9 +690,6 @@ the right answer, so lower is better. Grey bar: before; blue: after; the box aro
 
 def write_results(output, results, shown, log):
     """Write the results as strict JSON and, beside it, as a page; its template escapes texts."""
-    held_out, val = results["perplexity"], log.get("val")
-    if held_out and val and math.isclose(math.log(held_out["finetuned"]), val[-1][1], rel_tol=1e-3):
-        val.insert(0, (0, math.log(held_out["base"])))  # the rows of training: what it began with
     page = jinja2.Template(PAGE, autoescape=True, trim_blocks=True)
     page = page.render(results | log | {"prompts": shown, "titles": TITLES})
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)

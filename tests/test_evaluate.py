@@ -77,7 +77,7 @@ def run(folder, *flags):
 
 def plain_model(base, adapter=None, in_4bit=True):
     """A base model, and an adapter on it, as plain transformers and peft load them."""
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    nf4 = {"bnb_4bit_quant_type": "nf4"}
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **nf4)
     options = {"quantization_config": nf4} if in_4bit else {}
     options |= {"dtype": torch.float32, "device_map": {"": "cpu"}}

@@ -353,9 +353,7 @@ def test_every_option_stands_in_the_manual():
     promised += " --epochs --max-steps --lora-r --lora-alpha --lora-dropout --target-modules"
     promised += " --learning-rate --warmup-ratio --batch-size --gradient-accumulation-steps"
     promised += " --max-seq-length --precision --gradient-checkpointing --load-in-4bit --resume"
-    promised += (
-        " --overwrite --auto-batch-size --group-by-length --adapter --val-data --max-new-tokens"
-    )
+    promised += " --overwrite --group-by-length --adapter --val-data --max-new-tokens"
     assert [name for name in promised.split() if name not in manual] == []
 
 
