@@ -105,7 +105,8 @@ No clear difference: it may be chance
 Worse: the right answers surprise the model more than before"""
 MODEL_ADVICE = (
     "pass a 16-bit model: its folder with config.json, tokenizer.json, model.safetensors or, online,"
-    " its Hub name; if a newer transformers saved it, pip install -U transformers"
+    " its Hub name; tokenizer.model in place of tokenizer.json needs `pip install sentencepiece"
+    " protobuf`; if a newer transformers saved it, pip install -U transformers"
 )
 ALPACA_TEMPLATE = (  # for tokenizers that come without a chat template
     "{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -248,8 +249,8 @@ def read_jsonl(path):
 def check_folder(name):
     """End the program where a model's folder is not there, or holds something else than a model."""
     folder = Path(name)
-    may_be_of_the_hub = name.count("/") <= 1 and "\\" not in name and name[0] not in "./~"
-    if not folder.is_dir() and not may_be_of_the_hub:
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if is_path and not folder.is_dir():
         sys.exit(f"error: {name}: no folder; pass a model's folder or its Hub name")
     if (folder / "adapter_config.json").exists():
         advice = "pass the model that it was trained on, see base_model_name_or_path in it"
