@@ -249,15 +249,15 @@ def read_jsonl(path):
 def check_folder(name):
     """End the program where a model's folder is not there, or holds something else than a model."""
     folder = Path(name)
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if is_path and not folder.is_dir():
+    may_be_of_the_hub = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
+    if not folder.is_dir() and not may_be_of_the_hub:
         sys.exit(f"error: {name}: no folder; pass a model's folder or its Hub name")
     if (folder / "adapter_config.json").exists():
         advice = "pass the model that it was trained on, see base_model_name_or_path in it"
         sys.exit(f"error: {name} is an adapter, no model; {advice}")
-    for path in folder.glob("*.safetensors"):
+    for path in filter(Path.is_file, folder.glob("*")):
         if path.open("rb").read(19) == b"version https://git":
-            sys.exit(f"error: {path} only says where the weights lie; run `git lfs pull` there")
+            sys.exit(f"error: {path} only says where the file lies; run `git lfs pull` there")
 
 
 def read_prompts(path):

@@ -1243,15 +1243,31 @@ def test_a_base_that_comes_quantised_is_trained_as_it_is(tiny, tmp_path, capsys,
     assert "merge the adapter into its 16-bit original" in capsys.readouterr().out
 
 
+def test_a_model_that_fails_in_training_alone_is_told_so(tiny, data, tmp_path, capsys, monkeypatch):
+    forward = transformers.LlamaForCausalLM.forward
+
+    def failing(self, *args, **kwargs):
+        if self.training:
+            raise RuntimeError("result type Float can't be cast to unsigned char")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", failing)
+    line = error_line(flags(tiny, data, tmp_path / "out"), capsys)
+    assert "can't be trained on texts" in line and "--no-load-in-4bit" in line
+
+
 def test_a_model_without_chat_template_is_told_whose_is_used(tiny_models, data, tmp_path, capsys):
     lf.main(flags(tiny_models(template="none"), data, tmp_path / "out", "--max-steps", 1))
     assert "no chat template: trained with that of Alpaca" in capsys.readouterr().out
 
 
-def break_a_weight(folder):
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = math.nan
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+def break_a_weight(name, value):
+    def change(folder):
+        weights = load_file(folder / "model.safetensors")
+        weights[f"{name}.weight"][-1, 0] = value
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    return change
 
 
 def make_an_adapter(folder):
@@ -1268,9 +1284,13 @@ def lose_the_vocabulary(kind):
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2200119864\n"
 CAUSES = {  # what is wrong with the folder: the words that tell it
-    "a weight is NaN": (break_a_weight, "no finite numbers"),
+    "NaN in a layer": (break_a_weight("model.layers.0.mlp.up_proj", math.nan), "not finite"),
+    "inf in a layer": (break_a_weight("model.layers.1.mlp.down_proj", math.inf), "not finite"),
+    "NaN for a rare token": (break_a_weight("model.embed_tokens", math.nan), "not finite"),
+    "NaN in the head": (break_a_weight("lm_head", math.nan), "not finite"),
     "an adapter": (make_an_adapter, "is an adapter", "base_model_name_or_path"),
     "a pointer": (("model.safetensors", POINTER), "model.safetensors", "git lfs pull"),
+    "a pointer there": (("tokenizer.json", POINTER), "tokenizer.json", "git lfs pull"),
     "no vocabulary": (lose_the_vocabulary("LlamaTokenizer"), "tokenizer", "tokenizer.json"),
     "no vocabulary, GPT-2": (lose_the_vocabulary("GPT2Tokenizer"), "tokenizer", "tokenizer.json"),
 }
@@ -1287,7 +1307,9 @@ def test_what_is_wrong_with_a_model_is_named(tiny, data, tmp_path, capsys, cause
     assert not files(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["./model", "/no/model", "a/b/model", "~/no model", "a\\b", ".."])
+@pytest.mark.parametrize(
+    "name", ["./model", "/no/model", "a/b/c", "~/no model", "a\\b", "D:/a", ".b"]
+)
 def test_a_path_that_is_no_folder_is_not_asked_of_the_hub(
     data, tmp_path, capsys, monkeypatch, name
 ):
@@ -1295,7 +1317,7 @@ def test_a_path_that_is_no_folder_is_not_asked_of_the_hub(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", None)
     line = error_line(flags(name, data, tmp_path / "out"), capsys)
-    assert "no folder" in line or "tokenizer" in line
+    assert "no folder" in line
 
 
 def test_a_run_in_a_thread_leaves_signals_alone(tiny, data, tmp_path):
