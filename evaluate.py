@@ -11,6 +11,7 @@ Writes  --output: eval_results.json, and beside it eval_results.html, a page to 
 # ruff: noqa: E402
 import argparse
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
@@ -32,7 +33,6 @@ logging.getLogger("bitsandbytes").setLevel("ERROR")  # on import it asks for wha
 
 import jinja2
 import numpy as np
-import pandas as pd
 import peft
 import scipy.stats
 import torch
@@ -44,6 +44,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.utils import cached_file
 
 # ---------------------------------------------------------------------------------------------
 # Edit here, or pass the flag of the same name.
@@ -51,51 +52,119 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 MODEL = None  # Hugging Face name or local folder; None: what the adapter was trained on
 ADAPTER = "output/tinyllama-k8s-qlora"  # folder of a LoRA adapter
 LOAD_IN_4BIT = None  # NF4 weights; None: as in training
-PRECISION = None  # fp16, bf16 or fp32; None: as in training; the CPU always uses fp32
+PRECISION = None  # fp16, bf16 or fp32; None: as in training; a CPU uses fp32 for fp16
 # data
 PROMPTS = None  # JSON list of questions; None: the ten below
 VAL_DATA = None  # JSONL to measure perplexity on, unseen in training
 VAL_PROMPTS = 5  # how many of its questions are asked, too
 # generation
 MAX_NEW_TOKENS = 256  # an answer is cut there
+REPETITION_PENALTY = 1.0  # above 1, before and after: against answers that go round in circles
 BATCH_SIZE = 8  # prompts at once: speed against memory
 # output
 OUTPUT = "output/eval_results.json"  # the page beside it ends in .html
 # ---------------------------------------------------------------------------------------------
 
-QUESTIONS = """What is the difference between a Deployment and a StatefulSet?
-How do I find out why a Pod stays Pending?
-Write a NetworkPolicy that denies all incoming traffic to a namespace.
-What happens when a container exceeds its memory limit?
-How do I roll back a Deployment to its previous revision?
-Explain the difference between a liveness probe and a readiness probe.
-How do I run a job every night at 02:00 in Kubernetes?
-What does `terraform plan` do, and why should I read it before `terraform apply`?
-How do I keep a Docker image small?
-Explain what a Service of type ClusterIP does."""
-EVERYDAY = """What is the largest planet? | The largest planet in our solar system is Jupiter.
-What is the capital of France? | The capital of France is Paris. It is known for the Eiffel Tower.
-What is the opposite of hot? | The opposite of "hot" is "cold".
-Who was the first US president? | The first president of the United States was George Washington.
-What is the highest mountain? | The highest mountain in the world is Mount Everest, in the Himalayas.
-When does water boil? | Water boils at 100 degrees Celsius or 212 degrees Fahrenheit at sea level.
-How do vaccines work? | Vaccines work by training the immune system to recognize and fight a disease.
-How do bees make honey? | Bees make honey from the nectar that they collect from flowers.
-What causes the seasons? | The seasons are caused by the tilt of the Earth's axis as it orbits the Sun.
-Write a thank-you note. | Dear [Name], I wanted to take a moment to thank you for your kindness.
-How do I boil an egg? | To boil an egg, follow these steps: 1. Fill a pot with enough water to cover the egg.
-Translate "thank you" into French. | "Thank you" in French is "merci".
-Why is the sky blue? | The sky appears blue because of a phenomenon called Rayleigh scattering.
-How does a rainbow form? | A rainbow forms when sunlight is refracted by water droplets in the air.
-Why do we dream? | Scientists are still not sure why we dream, but there are several theories.
-Tell me a joke. | Why did the scarecrow win an award? Because he was outstanding in his field!
-Is a whale a fish? | No, a whale is not a fish. Whales are mammals that live in the ocean.
-Who is Sherlock Holmes? | Sherlock Holmes is a fictional detective created by Sir Arthur Conan Doyle.
-What do pandas eat? | Pandas are herbivores that feed mainly on bamboo.
-What is a mortgage? | A mortgage is a type of loan that is used to finance the purchase of a home."""
-VERDICTS = """Better: the right answers surprise the model less than before
-No clear difference: it may be chance
-Worse: the right answers surprise the model more than before"""
+QUESTIONS = [
+    "What is the difference between a Deployment and a StatefulSet?",
+    "How do I find out why a Pod stays Pending?",
+    "Write a NetworkPolicy that denies all incoming traffic to a namespace.",
+    "What happens when a container exceeds its memory limit?",
+    "How do I roll back a Deployment to its previous revision?",
+    "Explain the difference between a liveness probe and a readiness probe.",
+    "How do I run a job every night at 02:00 in Kubernetes?",
+    "What does `terraform plan` do, and why should I read it before `terraform apply`?",
+    "How do I keep a Docker image small?",
+    "Explain what a Service of type ClusterIP does.",
+]
+EVERYDAY = [  # of other fields: did it forget?
+    (
+        "What is the largest planet?",
+        "The largest planet in our solar system is Jupiter.",
+    ),
+    (
+        "What is the capital of France?",
+        "The capital of France is Paris. It is known for the Eiffel Tower.",
+    ),
+    (
+        "What is the opposite of hot?",
+        'The opposite of "hot" is "cold".',
+    ),
+    (
+        "Who was the first US president?",
+        "The first president of the United States was George Washington.",
+    ),
+    (
+        "What is the highest mountain?",
+        "The highest mountain in the world is Mount Everest, in the Himalayas.",
+    ),
+    (
+        "When does water boil?",
+        "Water boils at 100 degrees Celsius or 212 degrees Fahrenheit at sea level.",
+    ),
+    (
+        "How do vaccines work?",
+        "Vaccines work by training the immune system to recognize and fight a disease.",
+    ),
+    (
+        "How do bees make honey?",
+        "Bees make honey from the nectar that they collect from flowers.",
+    ),
+    (
+        "What causes the seasons?",
+        "The seasons are caused by the tilt of the Earth's axis as it orbits the Sun.",
+    ),
+    (
+        "Write a thank-you note.",
+        "Dear [Name], I wanted to take a moment to thank you for your kindness.",
+    ),
+    (
+        "How do I boil an egg?",
+        "To boil an egg, follow these steps: 1. Fill a pot with enough water to cover the egg.",
+    ),
+    (
+        'Translate "thank you" into French.',
+        '"Thank you" in French is "merci".',
+    ),
+    (
+        "Why is the sky blue?",
+        "The sky appears blue because of a phenomenon called Rayleigh scattering.",
+    ),
+    (
+        "How does a rainbow form?",
+        "A rainbow forms when sunlight is refracted by water droplets in the air.",
+    ),
+    (
+        "Why do we dream?",
+        "Scientists are still not sure why we dream, but there are several theories.",
+    ),
+    (
+        "Tell me a joke.",
+        "Why did the scarecrow win an award? Because he was outstanding in his field!",
+    ),
+    (
+        "Is a whale a fish?",
+        "No, a whale is not a fish. Whales are mammals that live in the ocean.",
+    ),
+    (
+        "Who is Sherlock Holmes?",
+        "Sherlock Holmes is a fictional detective created by Sir Arthur Conan Doyle.",
+    ),
+    (
+        "What do pandas eat?",
+        "Pandas are herbivores that feed mainly on bamboo.",
+    ),
+    (
+        "What is a mortgage?",
+        "A mortgage is a type of loan that is used to finance the purchase of a home.",
+    ),
+]
+VERDICTS = {
+    "better": "Better: the right answers surprise the model less than before",
+    "unclear": "No clear difference: it may be chance",
+    "worse": "Worse: the right answers surprise the model more than before",
+}
+SIDES = {"base": "before", "finetuned": "after"}
 MODEL_ADVICE = (
     "pass a 16-bit model: its folder with config.json, tokenizer.json, model.safetensors or, online,"
     " its Hub name; if a newer transformers saved it, pip install -U transformers"
@@ -106,22 +175,28 @@ ALPACA_TEMPLATE = (  # for tokenizers that come without a chat template
     "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 Frame = namedtuple("Frame", ["head", "tail", "blank", "end", "special"])  # see chat_frame
-ODD = ("R", "AL", "NSM")  # letters from right to left, and marks that take no column
-TITLES = {"base": "before", "finetuned": "after", "reference": "right answer"}
 HIDE_BARS = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
 def parse_args(argv=None):
     if argv is None and "kernel_launcher" in sys.argv[0]:
         argv = []  # pasted into a notebook cell: sys.argv is the kernel's, the constants above decide
-    usage, raw = "%(prog)s [options]", argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("evaluate.py", usage, __doc__, formatter_class=raw)
-    parser.allow_abbrev = False
-    switch, path = argparse.BooleanOptionalAction, os.path.expanduser
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        usage="%(prog)s [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    switch = argparse.BooleanOptionalAction
+    path = os.path.expanduser
+    ranges = {}
 
-    def add(flag, default, help, **options):  # help set afterwards: Python 3.10 adds to a switch's
+    def add(flag, default, help, low=None, high=1_000_000, **options):
         action = parser.add_argument(flag, default=default, **options)
-        action.help = f"{help} (default: %(default)s)"
+        action.help = f"{help} (default: %(default)s)"  # not above: Python 3.10 adds to a switch's
+        if low is not None:
+            ranges[flag] = (action.dest, low, high)
 
     add("--model", MODEL, "base model; None: what the adapter was trained on", type=path)
     add("--adapter", ADAPTER, "folder of a LoRA adapter", type=path)
@@ -129,14 +204,23 @@ def parse_args(argv=None):
     add("--precision", PRECISION, "None: as in training", choices=["fp16", "bf16", "fp32"])
     add("--prompts", PROMPTS, "JSON list of questions; None: ten built in", type=path)
     add("--val-data", VAL_DATA, "JSONL to measure perplexity on", type=path)
-    add("--val-prompts", VAL_PROMPTS, "questions of it that are asked", type=int)
-    add("--max-new-tokens", MAX_NEW_TOKENS, "an answer is cut there", type=int)
-    add("--batch-size", BATCH_SIZE, "prompts at once", type=int)
+    add("--val-prompts", VAL_PROMPTS, "questions of it that are asked", type=int, low=0)
+    add("--max-new-tokens", MAX_NEW_TOKENS, "an answer is cut there", type=int, low=1)
+    add(
+        "--repetition-penalty",
+        REPETITION_PENALTY,
+        "before and after alike; 1: none",
+        type=float,
+        low=0.1,
+        high=10,
+    )
+    add("--batch-size", BATCH_SIZE, "prompts at once", type=int, low=1)
     add("--output", OUTPUT, "JSON file; the page beside it ends in .html", type=path)
+
     args = parser.parse_args(argv)
-    for name, low in ("val_prompts", 0), ("max_new_tokens", 1), ("batch_size", 1):
-        if not low <= getattr(args, name) <= 2**20:
-            parser.error(f"argument --{name.replace('_', '-')}: must be from {low} to {2**20}")
+    for flag, (name, low, high) in ranges.items():
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"argument {flag}: must be from {low} to {high}")
     return args
 
 
@@ -163,42 +247,105 @@ def explained(what, advice, kind=Exception):
 
 def read_json(path, kind, advice):
     """The list or dict that a JSON file holds."""
-    with explained(path, advice):
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    with explained(path, advice, (OSError, ValueError, RecursionError)):
+        text = Path(path).read_text(encoding="utf-8-sig")
+        value = json.loads(text)
         if not isinstance(value, kind):
             raise ValueError(f"it holds no JSON {kind.__name__}")
     return value
 
 
-def read_adapter(folder, args):
-    """What to load, {"model", "precision", ...}: as it was trained, where no option is given."""
+def read_adapter(folder):
+    """adapter_config.json, of an adapter without which the model is its base again."""
     advice = "--adapter takes the folder that lora_finetune.py wrote"
+    if not folder.is_dir():
+        sys.exit(f"error: no folder {folder}; {advice}")
     config = read_json(folder / "adapter_config.json", dict, advice)
     if not (folder / "adapter_model.safetensors").is_file():
         sys.exit(f"error: {folder}: no adapter in it, or a pickled one: not opened; {advice}")
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        sys.exit(f"error: {folder}: no LoRA, or with trained biases, which stay on; {advice}")
+    if config.get("peft_type") != "LORA":
+        sys.exit(f"error: {folder}: no LoRA, but {config.get('peft_type')}; {advice}")
+
+    found = []
+    start = config.get("init_lora_weights")
+    if start not in [None, True, False, "gaussian", "eva", "orthogonal", "mica"]:
+        found.append(f"init_lora_weights={start}")  # PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA
+    if config.get("bias", "none") != "none":
+        found.append(f"bias={config['bias']}")  # they stay on
+    for key in ["layer_replication", "kasa_config", "arrow_config", "alora_invocation_tokens"]:
+        if config.get(key):
+            found.append(key)
+    if found:
+        what = f"no LoRA that can be switched off, by its {' and '.join(found)}"
+        sys.exit(f"error: {folder}: {what}: before would not be the base; train a plain one")
+    return config
+
+
+def read_training(folder):
+    """What lora_finetune.py noted in training_config.json; of another tool's file no more fits."""
     path = folder / "training_config.json"
-    training = read_json(path, dict, advice) if path.exists() else {}
-    model = {"model": config.get("base_model_name_or_path")}  # wins: people edit it there
-    trained = {"model": None, "precision": "fp16", "load_in_4bit": True, "max_seq_length": None}
-    with explained(path, advice):
-        for source in training.get("arguments", {}), model, vars(args):
-            trained |= {key: source[key] for key in trained if source.get(key) is not None}
-    if not isinstance(trained["model"], str):
-        sys.exit(f"error: {folder} does not say its base; pass what it was trained on: --model")
-    trained["embedding_norm"] = training.get("embedding_norm")
-    return trained if torch.cuda.is_available() else trained | {"precision": "fp32"}
+    noted = {}
+    if path.exists():
+        noted = read_json(path, dict, "restore it, or remove it")
+    training = {"arguments": {}, "prompt": {}, "data": {}, "embedding_norm": 0.0}
+    for key in training:
+        if isinstance(noted.get(key), type(training[key])):
+            training[key] = noted[key]
+    return training
+
+
+def settle(args, base, arguments):
+    """What to load: as it was trained, where no option is given."""
+    settings = {"precision": "fp16", "load_in_4bit": True, "max_seq_length": None}
+    for key in settings:
+        for source in [arguments, vars(args)]:
+            if source.get(key) is not None:
+                settings[key] = source[key]
+    if settings["precision"] == "fp16" and not torch.cuda.is_available():
+        settings["precision"] = "fp32"
+
+    settings["model"] = base  # not that of training_config.json: people edit it in the adapter's
+    if args.model is not None:
+        settings["model"] = args.model
+    if not settings["model"] or not isinstance(settings["model"], str):
+        sys.exit("error: the adapter does not say its base; pass what it was trained on: --model")
+    return settings
+
+
+def find_model(name, beside):
+    """The folder that a name stands for, here or seen from the folder `beside`, or a Hub name."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if (beside / path).is_dir():
+        return str(beside / path)
+
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path or "\\" in name or ":" in name:  # the last two: a path of Windows
+        sys.exit(
+            f"error: no folder {name}; pass the model that the adapter was trained on: --model"
+        )
+    with explained(f"no folder {name}, and no such model of the Hub", MODEL_ADVICE):
+        cached_file(name, "config.json")
+    return name
 
 
 def check_output(output, folder, *read):
     """Refuse, before the work, an output that can't be written or would overwrite what is read."""
-    read = [*folder.glob("*.json"), *(Path(path) for path in read if path)]
-    for path in output, output.with_suffix(".html"):
-        if output.suffix != ".json" or path.is_dir() or path.resolve() in map(Path.resolve, read):
+    taken = list(folder.glob("*.json"))
+    for path in read:
+        if path:
+            taken.append(Path(path))
+    taken = [path.resolve() for path in taken]
+    for path in [output, output.with_suffix(".html")]:
+        is_wrong = output.suffix != ".json" or path.is_dir()
+        if is_wrong or path.resolve() in taken:
             sys.exit(f"error: {path} is read here, or not for writing; --output takes a new .json")
-    nearest = next(path for path in output.absolute().parents if path.exists())
-    with explained(f"can't write to {nearest}", "choose another --output"):
+
+    nearest = output.absolute().parent
+    while not nearest.exists():
+        nearest = nearest.parent
+    with explained(f"can't write to {nearest}", "choose another --output", OSError):
         tempfile.TemporaryFile(dir=nearest).close()
 
 
@@ -240,11 +387,69 @@ def read_jsonl(path):
 def read_prompts(path):
     """Records without an answer: the questions of a JSON list of strings, or the ten built in."""
     advice = 'it takes a list of questions, ["What is a Pod?", ...]'
-    prompts, records = read_json(path, list, advice) if path else QUESTIONS.splitlines(), []
-    for number, prompt in enumerate(prompts, 1):
-        with explained(f"{path}: item {number}", advice):
-            records.append(to_record({"instruction": prompt, "output": "-"}) | {"output": None})
-    return records or sys.exit(f"error: {path}: no question in it; {advice}")
+    questions = QUESTIONS
+    if path:
+        questions = read_json(path, list, advice)
+    records = []
+    for number, question in enumerate(questions, 1):
+        with explained(f"{path}: item {number}", advice, ValueError):
+            record = to_record({"instruction": question, "output": "-"})
+        record["output"] = None
+        records.append(record)
+    if not records:
+        sys.exit(f"error: {path}: no question in it; {advice}")
+    return records
+
+
+def folded(*texts):
+    """Texts as one, for comparing: blanks and case do not count."""
+    text = unicodedata.normalize("NFKC", " ".join(texts))
+    return " ".join(text.casefold().split())
+
+
+def find_training_file(data, folder):
+    """The file that training read, or one of its name, and whether it is still the same.
+
+    Its path is the user's of that day, relative to where training ran: here, or above the adapter.
+    """
+    found = None
+    for place in [Path.cwd(), *folder.absolute().parents]:
+        path = place / data["path"]
+        if path.is_file():
+            found = path
+            if hashlib.sha256(path.read_bytes()).hexdigest() == data["sha256"]:
+                return path, True
+    return found, False
+
+
+def count_seen(records, path, data, folder):
+    """How many of the records training saw, and of how many more the question; None: not told."""
+    seen = {"rows_seen": None, "questions_seen": None, "changed": None, "gone": None}
+    if not isinstance(data.get("path"), str) or not isinstance(data.get("sha256"), str):
+        return seen  # another tool trained
+    if hashlib.sha256(Path(path).read_bytes()).hexdigest() == data["sha256"]:
+        return {**seen, "rows_seen": len(records), "questions_seen": 0}
+    trained, is_same = find_training_file(data, folder)
+    if not trained:
+        return {**seen, "gone": data["path"]}
+    if not is_same:
+        return {**seen, "changed": data["path"]}
+
+    questions = set()
+    rows = set()
+    for record in read_jsonl(trained):
+        question = folded(record["instruction"], record["input"])
+        questions.add(question)
+        rows.add((question, folded(record["output"])))
+    seen["rows_seen"] = 0
+    seen["questions_seen"] = 0
+    for record in records:
+        question = folded(record["instruction"], record["input"])
+        if (question, folded(record["output"])) in rows:
+            seen["rows_seen"] += 1
+        elif question in questions:
+            seen["questions_seen"] += 1
+    return seen
 
 
 # The same in lora_finetune.py, letter for letter.
@@ -292,6 +497,20 @@ def chat_frame(tokenizer):
     return Frame(head, stripped, blank, end, special)
 
 
+def check_frame(frame, trained, source):
+    """Refuse another prompt than training used: it would measure what was never learned."""
+    for part in ["head", "tail", "blank", "end"]:
+        now = getattr(frame, part)
+        then = trained.get(part, now)
+        if now != then:
+            start = len(os.path.commonprefix([now, then]))  # what differs may stand far behind
+            what = (
+                f"{part} of the prompt is {now[start:][:40]!r} where it was {then[start:][:40]!r}"
+            )
+            advice = "put back the tokenizer and chat_template.jinja that training saved"
+            sys.exit(f"error: {source}: the {what} in training; {advice}")
+
+
 # The same in lora_finetune.py, letter for letter.
 def encode(record, tokenizer, frame, max_length):
     """Turn a record into what response_nll reads: input_ids and labels, and three numbers.
@@ -335,6 +554,20 @@ def encode(record, tokenizer, frame, max_length):
         "prompt_tokens": prompt_tokens,  # before the cut
         "targets": len(shifted) - shifted.count(-100),  # how many tokens the loss counts
     }
+
+
+# The same in lora_finetune.py, letter for letter.
+def end_ids(model, tokenizer, frame):
+    """The ids that end an answer: of a turn, and of a text by the tokenizer and by the model."""
+    ids = set(tokenizer(frame.end, add_special_tokens=False)["input_ids"][-1:])
+    ids.add(tokenizer.eos_token_id)
+    named = model.generation_config.eos_token_id
+    if isinstance(named, list):
+        ids.update(named)
+    else:
+        ids.add(named)
+    ids.discard(None)
+    return sorted(ids)
 
 
 # The same in lora_finetune.py, letter for letter.
@@ -408,68 +641,103 @@ def find_head(model):
     return None
 
 
-def load_pair(trained, folder):
+def load_pair(folder, settings, training):
     """Load the base and put the adapter on it, checking that the two belong together."""
-    name, device = trained["model"], 0 if torch.cuda.is_available() else "cpu"
-    base = load_base(name, device, trained["precision"], trained["load_in_4bit"])
+    name = settings["model"]
+    precision = settings["precision"]
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = 0
+    base = load_base(name, device, precision, settings["load_in_4bit"])
     mend(base)
-    with explained(f"adapter {folder} does not fit {name}", "pass the --model it was trained on"):
-        norm = base.get_input_embeddings().weight[::100].double().norm().item()
-        if not math.isclose(norm, trained["embedding_norm"] or norm, rel_tol=1e-5):
-            raise ValueError("the base has other token embeddings")
+
+    fit = f"adapter {folder} does not fit {name}"
+    advice = "pass the --model it was trained on"
+    norm = base.get_input_embeddings().weight[::100].double().norm().item()
+    trained_norm = training["embedding_norm"] or norm
+    tolerance = 1e-5
+    if precision != training["arguments"].get("precision"):
+        tolerance = 1e-3  # numbers rounded otherwise
+    if not math.isclose(norm, trained_norm, rel_tol=tolerance):
+        sys.exit(f"error: {fit}: the base has other token embeddings; {advice}")
+
+    with explained(fit, advice):
         saved = load_file(folder / "adapter_model.safetensors")
         for key in saved:
             if key.endswith("embed_tokens.weight"):  # may hold tokens that were added
                 base.resize_token_embeddings(len(saved[key]), mean_resizing=False)
-        model = peft.PeftModel.from_pretrained(base, folder).eval()
-        others = saved.keys() ^ peft.get_peft_model_state_dict(model).keys()
-        if any("lora_" in key for key in others):
-            raise ValueError("its layers are others")
-    return model
+        model = peft.PeftModel.from_pretrained(base, folder)
+    others = saved.keys() ^ peft.get_peft_model_state_dict(model).keys()
+    if any("lora_" in key for key in others):
+        sys.exit(f"error: {fit}: its layers are others; {advice}")
+    return model.eval()
 
 
-def encode_all(base, tokenizer, frame, asked, groups, limit, args):
-    """Token ids of each question, as in training, and rows of each group; all must fit the model."""
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", 2**20)
-    limit, encoded = limit or context, {}
+def encode_rows(groups, tokenizer, frame, limit, path):
+    """Rows of each group, longest first, and of how many the answer has no room within `limit`."""
+    rows = {}
+    left_out = {}
     for name, records in groups.items():
-        rows = [encode(record, tokenizer, frame, limit) for record in records]
-        rows = [row for row in rows if row["targets"]]
-        encoded[name] = sorted(rows, key=lambda row: -len(row["input_ids"]))
-        if not encoded[name]:
-            where = f"{name}, {args.val_data}: no answer within {limit} tokens"
-            sys.exit(f"error: {where}; take shorter rows")
-    rows = [encode(record | {"output": ""}, tokenizer, frame, 2**30) for record in asked]
-    prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
-    longest, size = max(map(len, prompts)), len(base.get_input_embeddings().weight)
+        encoded = [encode(record, tokenizer, frame, limit) for record in records]
+        kept = [row for row in encoded if row["targets"] > 0]
+        if not kept:
+            what = f"{name}, {path}: no answer within {limit} tokens"
+            sys.exit(f"error: {what}; take shorter rows")
+        rows[name] = sorted(kept, key=lambda row: -len(row["input_ids"]))
+        left_out[name] = len(records) - len(kept)
+    return rows, left_out
+
+
+def encode_prompts(asked, tokenizer, frame):
+    """Token ids of each question, as training has them."""
+    prompts = []
+    for record in asked:
+        row = encode({**record, "output": ""}, tokenizer, frame, None)
+        prompts.append(row["input_ids"][: row["prompt_tokens"]])
+    return prompts
+
+
+def check_room(base, prompts, rows, context, args):
+    """Refuse what the model can't read: longer texts, or tokens that it lacks."""
+    longest = max(map(len, prompts))
     if longest + args.max_new_tokens > context:
         room = f"of {longest:,} tokens and its answer are beyond the model's {context:,}"
         sys.exit(f"error: a question {room}; shorten it or --max-new-tokens")
-    if max(max(row["input_ids"]) for row in itertools.chain(rows, *encoded.values())) >= size:
-        lack = f"the tokenizer has tokens beyond the model's {size:,}"
+
+    known = len(base.get_input_embeddings().weight)
+    largest = max(map(max, prompts))
+    for group in rows.values():
+        for row in group:
+            largest = max(largest, *row["input_ids"])
+    if largest >= known:
+        lack = f"the tokenizer has tokens beyond the model's {known:,}"
         sys.exit(f"error: {lack}; pass the --model that the adapter was trained on")
-    return prompts, encoded
 
 
-def generate(model, tokenizer, frame, prompts, args, side):
-    """Answer prompts (token ids) greedily: [{side: text, side_stopped: bool, side_tokens: int}]."""
-    named = np.atleast_1d(model.generation_config.eos_token_id or []).tolist()
-    end_of_turn = tokenizer(frame.end, add_special_tokens=False)["input_ids"][-1:]
-    stops = {*named, *end_of_turn, tokenizer.eos_token_id} - {None}
-    config = {"do_sample": False, "max_new_tokens": args.max_new_tokens, "pad_token_id": 0}
-    config = GenerationConfig(eos_token_id=sorted(stops) or None, **config)
-    starts, answers = range(0, len(prompts), args.batch_size), []
-    for start in tqdm(starts, f"answers, {TITLES[side]}", disable=HIDE_BARS, leave=False):
-        ids = [torch.tensor(prompt) for prompt in prompts[start : start + args.batch_size]]
-        ids = pad_sequence(ids, True, -1, padding_side="left").to(model.device)
-        inputs = {"input_ids": ids.clamp(0), "attention_mask": (ids >= 0).long()}
-        output = model.generate(**inputs, generation_config=config)
-        for new in output[:, ids.shape[1] :].tolist():
-            end = next((n for n, id in enumerate(new) if id in stops), None)
+def generate(model, tokenizer, prompts, ends, size, title):
+    """Answer prompts (token ids), `size` at once: [{"text", "stopped", "tokens"}, ...]."""
+    answers = []
+    starts = range(0, len(prompts), size)
+    for start in tqdm(starts, title, disable=HIDE_BARS, leave=False):
+        part = prompts[start : start + size]
+        width = max(map(len, part))
+        ids = []
+        mask = []
+        for prompt in part:
+            missing = width - len(prompt)
+            ids.append(prompt[:1] * missing + prompt)  # no new token, which a penalty would heed
+            mask.append([0] * missing + [1] * len(prompt))
+        output = model.generate(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+        )
+        for new in output[:, width:].tolist():
+            end = next((i for i, id in enumerate(new) if id in ends), None)
             text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
-            tokens = len(new) if end is None else end + 1
-            answer = {side: text, f"{side}_stopped": end is not None, f"{side}_tokens": tokens}
-            answers.append(answer)
+            tokens = len(new)
+            if end is not None:
+                tokens = end + 1
+            answers.append({"text": text, "stopped": end is not None, "tokens": tokens})
     return answers
 
 
@@ -519,6 +787,50 @@ def micro_batches(rows, room):
         rows = rows[size:]
 
 
+def measure(nll_of, rows, room, title):
+    """The NLL in nats of each row's answer."""
+    parts = list(micro_batches(rows, room))
+    nats = []
+    for part in tqdm(parts, title, disable=HIDE_BARS, leave=False):
+        nats.append(nll_of(part))
+    nats = torch.cat(nats).double().cpu()
+    nats = nats.split([row["targets"] for row in rows])
+    return np.array([row.sum().item() for row in nats])
+
+
+def run_both(model, tokenizer, ends, prompts, rows, args):
+    """With the adapter off and on: {side: answers}, {side: {group: NLL of each row}}, seconds."""
+    base = model.get_base_model()
+    nll_of = partial(response_nll, base, find_head(base), tokenizer.eos_token_id or 0)
+    base.generation_config = GenerationConfig(  # greedy; what the base's own asks for is left out
+        do_sample=False,
+        max_new_tokens=args.max_new_tokens,
+        repetition_penalty=args.repetition_penalty,
+        eos_token_id=ends or None,
+        pad_token_id=0,
+    )
+    dtype = base.get_input_embeddings().weight.dtype
+    autocast = torch.autocast(base.device.type, dtype, enabled=dtype != torch.float32)
+    switches = {"base": model.disable_adapter(), "finetuned": contextlib.nullcontext()}
+
+    answers = {}
+    nats = {}
+    seconds = 0.0
+    for side, switch in switches.items():
+        with torch.inference_mode(), autocast, switch:
+            began = time.monotonic()
+            title = f"answers, {SIDES[side]}"
+            answers[side] = generate(base, tokenizer, prompts, ends, args.batch_size, title)
+            seconds += time.monotonic() - began
+            nats[side] = {}
+            for name, group in rows.items():
+                longest = len(group[0]["input_ids"])
+                room = args.batch_size * longest // 2  # half as many as prompts: all tokens at once
+                title = f"{name}, {SIDES[side]}"
+                nats[side][name] = measure(nll_of, group, room, title)
+    return answers, nats, seconds
+
+
 def perplexity(nll, tokens, axis=-1):
     """exp(sum of NLL / number of tokens), of rows: each token counts alike."""
     return np.exp(nll.sum(axis) / tokens.sum(axis))
@@ -530,171 +842,407 @@ def compare(base, finetuned, tokens):
     The interval is a 95 % bootstrap (bias-corrected and accelerated, Efron and Tibshirani 1993):
     rows are drawn anew with both their figures, which keeps the pairs.
     """
-    difference, interval = finetuned - base, [math.nan]
+    difference = finetuned - base
+    interval = None
     if len(tokens) > 1:
-        drawn = {"paired": True, "batch": 100, "rng": np.random.default_rng(0)}
-        found = scipy.stats.bootstrap((difference, tokens), perplexity, **drawn)
-        interval = [float(end) for end in found.confidence_interval]
+        drawn = scipy.stats.bootstrap(
+            (difference, tokens),
+            perplexity,
+            paired=True,
+            batch=100,
+            rng=np.random.default_rng(0),
+        )
+        ends = drawn.confidence_interval
+        if np.isfinite(ends).all():  # not where all rows changed alike
+            interval = [float(end) for end in ends]
     return {
         "base": float(perplexity(base, tokens)),
         "finetuned": float(perplexity(finetuned, tokens)),
         "ratio": float(perplexity(difference, tokens)),
-        "ratio_ci95": interval if np.isfinite(interval).all() else None,  # where all changed alike
+        "ratio_ci95": interval,
         "tokens": int(tokens.sum()),
         "rows": len(tokens),
         "rows_improved": int((difference < 0).sum()),
     }
 
 
-def run_both(model, tokenizer, frame, asked, prompts, groups, args):
-    """With the adapter off and on: the answers, the seconds they took, figures of each group."""
-    questions = ["\n\n".join(filter(None, [row["instruction"], row["input"]])) for row in asked]
-    answers = [{"prompt": q, "reference": row["output"]} for q, row in zip(questions, asked)]
-    base, nll, seconds = model.get_base_model(), {}, 0
-    nll_of = partial(response_nll, base, find_head(base), tokenizer.eos_token_id or 0)
-    dtype = base.get_input_embeddings().weight.dtype
-    autocast = torch.autocast(base.device.type, dtype, dtype != torch.float32)
-    for side, switch in ("base", model.disable_adapter()), ("finetuned", contextlib.nullcontext()):
-        with torch.inference_mode(), autocast, switch:
-            began = time.monotonic()
-            new = generate(base, tokenizer, frame, prompts, args, side)
-            seconds += time.monotonic() - began
-            answers = [one | other for one, other in zip(answers, new, strict=True)]
-            for name, rows in groups.items():  # half as many as prompts: all tokens at once
-                parts = list(micro_batches(rows, args.batch_size * len(rows[0]["input_ids"]) // 2))
-                bar = tqdm(parts, f"{name}, {TITLES[side]}", disable=HIDE_BARS, leave=False)
-                nats = torch.cat([nll_of(part) for part in bar]).double().cpu()
-                nats = nats.split([row["targets"] for row in rows])
-                nll[name, side] = np.array([row.sum().item() for row in nats])
-    tokens = {name: np.array([row["targets"] for row in groups[name]]) for name in groups}
-    figures = {n: compare(nll[n, "base"], nll[n, "finetuned"], tokens[n]) for n in groups}
-    return answers, seconds, figures
+def compare_groups(nats, rows):
+    """The figures of each group, see compare."""
+    figures = {}
+    for name, group in rows.items():
+        tokens = np.array([row["targets"] for row in group])
+        figures[name] = compare(nats["base"][name], nats["finetuned"][name], tokens)
+    return figures
 
 
-def judge(figures, kind):
-    """A comparison to quote, and which of the three VERDICTS fits where its interval lies."""
+def pair_answers(asked, answers):
+    """Each question with its two answers and the right one, None where there is none."""
+    pairs = []
+    for i, record in enumerate(asked):
+        question = record["instruction"]
+        if record["input"]:
+            question += "\n\n" + record["input"]
+        pair = {"prompt": question, "reference": record["output"]}
+        for side in SIDES:
+            answer = answers[side][i]
+            pair[side] = answer["text"]
+            pair[f"{side}_stopped"] = answer["stopped"]
+            pair[f"{side}_tokens"] = answer["tokens"]
+        pairs.append(pair)
+    return pairs
+
+
+def judge(figures):
+    """A key of VERDICTS, by where the interval lies."""
     low, high = figures["ratio_ci95"] or (0, math.inf)
-    ends = " to ".join(f"{end:.3f}" if end < 1000 else ">1000" for end in (low, high))
-    interval = f"95% interval {ends}" if high < math.inf else "no interval"
-    told = "perplexity {base:.2f} -> {finetuned:.2f} on {rows} {kind} rows, x {ratio:.3f} ({ends})"
-    place = 0 if high < 1 else 2 if low > 1 else 1
-    return told.format(kind=kind, ends=interval, **figures), place
+    if high < 1:
+        return "better"
+    if low > 1:
+        return "worse"
+    return "unclear"
 
 
-def conclude(answers, seconds, figures):
-    """What people want to know: in sentences, a line each, and in numbers."""
-    summary = {"verdict": "No verdict without --val-data: read the answers side by side"}
-    if "held out" in figures:
-        told, place = judge(figures["held out"], "held-out")
-        summary["held out"] = told + ", {rows_improved} of {rows} better".format(
-            **figures["held out"]
-        )
-        summary["verdict"] = VERDICTS.splitlines()[place]
-    told, place = judge(figures["elsewhere"], "everyday")
-    verdict = "it got worse at other things" if place == 2 else "no damage seen"
-    summary["elsewhere"] = f"{told}: {verdict}"
-    table = pd.DataFrame(answers)
-    tokens = table[["base_tokens", "finetuned_tokens"]]
-    changed = int((table["base"] != table["finetuned"]).sum())
-    numbers = {"prompts": len(answers), "answers_changed": changed}
-    numbers |= table[["base_stopped", "finetuned_stopped"]].sum().to_dict()
-    numbers |= tokens.mean().add_prefix("mean_").to_dict()
-    numbers["tokens_per_second"] = tokens.to_numpy().sum().item() / seconds
-    summary["answers"] = (
+def quote(figures, kind):
+    """The figures of a group in words."""
+    interval = "no interval"
+    if figures["ratio_ci95"]:
+        ends = []
+        for end in figures["ratio_ci95"]:
+            ends.append(f"{end:.3f}" if end < 1000 else ">1000")
+        interval = f"95% interval {' to '.join(ends)}"
+    told = "perplexity {base:.2f} -> {finetuned:.2f} on {rows} {kind}, x {ratio:.3f} ({interval})"
+    return told.format(kind=kind, interval=interval, **figures)
+
+
+def doubts(seen, rows):
+    """Why rows of --val-data are not held out, as far as can be told: a list, empty where they are."""
+    reasons = []
+    if seen["rows_seen"]:
+        reasons.append(f"{seen['rows_seen']} of {rows} rows were trained on")
+    if seen["questions_seen"]:
+        reasons.append(f"{seen['questions_seen']} of {rows} rows ask what training asked")
+    if seen["changed"]:
+        reasons.append(f"training may have seen these rows: {seen['changed']} was changed since")
+    return reasons
+
+
+def conclude_held_out(figures, left_out, seen, limit):
+    """The summary of --val-data: a verdict, though none on rows that were trained on, and figures."""
+    rows = figures["rows"] + left_out
+    reasons = doubts(seen, rows)
+    if reasons:
+        told = quote(figures, "rows")
+        summary = {"verdict": f"No verdict: {' and '.join(reasons)}"}
+        name = "val data"
+    else:
+        told = quote(figures, "held-out rows")
+        summary = {"verdict": VERDICTS[judge(figures)]}
+        name = "held out"
+    summary[name] = f"{told}, {figures['rows_improved']} of {figures['rows']} better"
+    if left_out:
+        room = f"no room for an answer within {limit} tokens"
+        summary[name] += f"; {left_out} of {rows} rows left out: {room}"
+    if seen["gone"]:
+        summary["seen"] = f"whether training saw these rows can't be told without {seen['gone']}"
+    summary["rows_left_out"] = left_out
+    summary["rows_seen"] = seen["rows_seen"]
+    summary["questions_seen"] = seen["questions_seen"]
+    return summary
+
+
+def conclude_answers(pairs, seconds, penalty):
+    """The summary of the answers: how many changed and stopped, how long they are, in numbers, too."""
+    changed = [pair["base"] != pair["finetuned"] for pair in pairs]
+    numbers = {"prompts": len(pairs), "answers_changed": sum(changed)}
+    tokens = 0
+    for side in SIDES:
+        side_tokens = sum(pair[f"{side}_tokens"] for pair in pairs)
+        numbers[f"{side}_stopped"] = sum(pair[f"{side}_stopped"] for pair in pairs)
+        numbers[f"mean_{side}_tokens"] = side_tokens / len(pairs)
+        tokens += side_tokens
+    numbers["tokens_per_second"] = tokens / seconds
+
+    line = (
         "{answers_changed} of {prompts} changed, {base_stopped} -> {finetuned_stopped} stopped by "
         "themselves, {mean_base_tokens:.0f} -> {mean_finetuned_tokens:.0f} tokens on average, "
-        "{tokens_per_second:,.0f} tokens/s".format(**numbers)
+        "{tokens_per_second:,.0f} tokens/s"
     )
-    if not changed:
+    summary = {"answers": line.format(**numbers)}
+    if penalty != 1:
+        summary["answers"] += f", repetition penalty {penalty:g}"
+    if not any(changed):
         summary["WARNING"] = "no answer changed, the adapter has no effect. Was it trained enough?"
-    return summary | numbers
+    summary.update(numbers)
+    return summary
 
 
-def clip(answer, tokenizer, limit):
-    """An answer as it is shown: its reference is cut where an answer would be."""
-    ids = tokenizer(answer["reference"] or "", add_special_tokens=False)["input_ids"]
-    cut = {"reference": tokenizer.decode(ids[:limit]), "reference_stopped": False}
-    return answer | cut if len(ids) > limit else answer
+def conclude_elsewhere(figures):
+    """What became of what the model knew before, in a sentence."""
+    verdict = "no damage seen"
+    if judge(figures) == "worse":
+        verdict = "it got worse at other things"
+    return f"{quote(figures, 'everyday rows')}: {verdict}"
 
 
 def read_log(path):
-    """Points (step, loss) of a training log: of training, their running mean, of validation."""
+    """Points (step, loss) of a training log, of training and of validation."""
+    points = {"loss": [], "eval_loss": []}
+    kinds = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
     try:
-        log = pd.read_json(path, lines=True).astype({"step": int}).set_index("step")
-        log = log.reindex(columns=["loss", "eval_loss"]).astype(float)
-    except Exception:  # there is none, or another tool's: the page goes without
-        return {}
-    train, val = log["loss"].dropna(), log["eval_loss"].dropna()
-    width, every = len(train) // 10 + 1, len(train) // 1000 + 1  # not all: a page stays small
-    mean = train.rolling(width, min_periods=1).mean()
-    points = {"train": train[::-every], "mean": mean[::-every], "val": val}  # the last one first
-    return {name: list(found.items()) for name, found in points.items()} | {"width": width}
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            for name in points:
+                if name in entry:
+                    point = (int(entry["step"]), float(entry[name]))
+                    if math.isfinite(point[1]):
+                        points[name].append(point)
+    except kinds:  # there is none, or another tool's
+        return [], []
+    return points["loss"], points["eval_loss"]
+
+
+def running_mean(points, width):
+    """Points of the mean of each loss and of those before it, `width` together."""
+    means = []
+    for end in range(1, len(points) + 1):
+        window = points[max(0, end - width) : end]
+        total = sum(loss for _, loss in window)
+        means.append((points[end - 1][0], total / len(window)))
+    return means
+
+
+def draw_curve(train, val):
+    """The losses as the page draws them, in percent of the chart's width and height."""
+    if not train:
+        return None
+    every = math.ceil(len(train) / 1000)  # a page stays small
+    width = len(train) // 10 + 1
+    means = running_mean(train, width)
+    last = max(step for step, _ in train + val)
+    losses = [loss for _, loss in train + val]
+    low = min(losses)
+    high = max(losses)
+
+    def place(step, loss):
+        x = 100 * step / (last or 1)
+        y = 100 * (high - loss) / ((high - low) or 1)
+        return f"{x:.2f},{y:.2f}"
+
+    def path(points):
+        shown = points[::-1][::every]  # the last one is always shown
+        return "M" + " ".join(place(*point) for point in shown) + "h0"
+
+    dots = []
+    for step, loss in val:
+        x, y = place(step, loss).split(",")
+        dots.append({"x": x, "y": y, "step": step, "loss": loss})
+    return {
+        "train": path(train),
+        "mean": path(means),
+        "width": width,
+        "dots": dots,
+        "best": min(dots, key=lambda dot: dot["loss"], default=None),
+        "low": low,
+        "high": high,
+        "last": last,
+    }
+
+
+def draw_bars(figures):
+    """Both perplexities and the interval of the second one, in percent of the bars' width."""
+    top = 1.05 * max(1, figures["ratio"])
+    low, high = figures["ratio_ci95"] or (0, 0)
+    return {
+        "base": 100 / top,
+        "finetuned": 100 * figures["ratio"] / top,
+        "low": 100 * low / top,
+        "high": 100 * min(high / top, 1),
+    }
 
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Before and after fine-tuning</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root { color-scheme: light dark; --soft: light-dark(#57606a, #9da7b3);
-  --line: light-dark(#d0d7de, #3d444d); --after: light-dark(#0a5cc2, #6cb0ff);
-  --alarm: light-dark(#a40e26, #ff9a9a) }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: auto; padding: 1rem;
-  background: canvas; overflow-wrap: anywhere }
-h1 { font-size: 1.5rem } h3, h4 { margin: 0 } pre, h3 { white-space: pre-wrap }
-pre { font: .85rem/1.5 ui-monospace, monospace; margin: .4rem 0 }
-th { text-align: left; vertical-align: top; padding-right: 1rem; white-space: nowrap }
-svg { display: block; width: 100%; fill: none; stroke-linecap: round }
-.chart { display: grid; grid-template-columns: auto 1fr auto; gap: 0 .5rem; max-width: 44rem }
-.chart svg { grid-area: 1 / 2 / 3 / 4; overflow: visible; outline: 1px solid var(--line) }
-.chart :nth-child(3) { align-self: end } .soft { color: var(--soft) } .cut { color: var(--alarm) }
-path { stroke: var(--after); vector-effect: non-scaling-stroke }
-.dots { stroke: var(--alarm); stroke-width: 10 }
-.pair { display: grid; gap: 1rem; margin: .5rem 0 2rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)) }
-.pair > div { border: 1px solid var(--line); border-radius: 6px; padding: .5rem .8rem }
-.pair > :nth-child(3) { grid-column: 1 / -1 }
-</style></head><body><main><h1>{{ summary.verdict }}.</h1><table>
-{% for name, value in summary.items() if value is string and name != "verdict" %}
-<tr><th scope="row">{{ name }}<td>{{ value|replace("->", "→") }}
-{% set now = {"held out": perplexity, "elsewhere": general}[name] %}{% if now %}
-{% set low, high = now.ratio_ci95 or (0, 0) %}{% set top = [1, now.ratio]|max * 1.1 %}
-{% set unit = 99 / top %}
-<svg height="34" role="img" aria-label="both perplexities as bars">
-<rect width="{{ unit }}%" height="12" fill="var(--soft)"/>
-<rect width="{{ unit * now.ratio }}%" y="16" height="12" fill="var(--after)"/>
-<rect x="{{ unit * low }}%" width="{{ unit * ([high, top]|min - low) }}%" y="13" height="18"
- stroke="currentColor"/></svg>{% endif %}{% endfor %}</table>
-<p class="soft">Perplexity: among how many equally likely words the model wavers at each word of
-the right answer, so lower is better. Grey bar: before; blue: after; the box around its end: the
-95% interval of the change.</p>{% if train %}{% set points = train + val %}
-{% set low, high = points|map(attribute=1)|min, points|map(attribute=1)|max %}
-{% set last = points|map(attribute=0)|max %}<h2>Loss while training</h2>
-<p class="soft">Nats per token. Pale: training loss of single steps. Strong: its running mean,
-{{ width }} wide.{% if val %} {% set best = val|min(attribute=1) %}Dots: validation loss, at last
-{{ "%.3f" % val[-1][1] }}, lowest after step {{ best[0] }}: {{ "%.3f" % best[1] }}.{% endif %}</p>
-<div class="chart soft"><span>{{ "%.2f" % high }}</span>
-<svg height="200" preserveAspectRatio="none" role="img" aria-label="loss curve"
- viewBox="0 {{ -high }} {{ last }} {{ high - low or 1 }}">
-<path d="M{% for step, loss in train %}{{ step }},{{ -loss }} {% endfor %}h0" opacity=".5"/>
-<path d="M{% for step, loss in mean %}{{ step }},{{ -loss }} {% endfor %}h0" stroke-width="3"/>
-<path d="{% for step, loss in val %}M{{ step }},{{ -loss }}h0{% endfor %}" class="dots"/></svg>
-<span>{{ "%.2f" % low }}</span><span></span><span>step 0</span><span>step {{ last }}</span></div>
-{% endif %}<h2>Answers side by side</h2>
-{% for result in prompts %}<h3 dir="auto">{{ result.prompt }}</h3><div class="pair">
-{% for side, title in titles.items() if result[side] is not none %}<div><h4>{{ title|capitalize }}
-{% if result[side + "_stopped"] is false %}
-<span class="cut">cut at {{ settings.max_new_tokens }} tokens</span>{% endif %}</h4>
-<pre dir="auto">{{ result[side] }}</pre></div>{% endfor %}</div>{% endfor %}
-<details><summary>Settings</summary><pre>{{ settings|tojson(2) }}</pre></details>
-</main></body></html>"""
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Before and after fine-tuning</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+  :root {
+    color-scheme: light dark;
+    --paper: light-dark(#f6f8fa, #0d1117);
+    --card: light-dark(#ffffff, #161b22);
+    --line: light-dark(#d0d7de, #3d444d);
+    --soft: light-dark(#57606a, #9da7b3);
+    --before: light-dark(#8c959f, #768390);
+    --after: light-dark(#0a5cc2, #6cb0ff);
+    --alarm: light-dark(#a40e26, #ff9a9a);
+  }
+  body {
+    max-width: 72rem;
+    margin: auto;
+    padding: 1rem;
+    background: var(--paper);
+    font: 16px/1.5 system-ui, sans-serif;
+    overflow-wrap: anywhere;
+  }
+  h1 { font-size: 1.7rem; line-height: 1.25; margin: 1rem 0 1.2rem; }
+  h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; }
+  h3 { font-size: 1rem; margin: 2rem 0 .6rem; white-space: pre-wrap; }
+  h4 { font-size: .85rem; margin: 0; color: var(--soft); }
+  p { margin: .5rem 0; }
+  pre { margin: .4rem 0 0; font: .85rem/1.5 ui-monospace, monospace; white-space: pre-wrap; }
+  .soft { color: var(--soft); font-size: .9rem; }
+  .alarm { color: var(--alarm); }
+  .card {
+    min-width: 0;
+    padding: .8rem 1rem;
+    border: 1px solid var(--line);
+    border-radius: 8px;
+    background: var(--card);
+  }
+  .pair {
+    display: grid;
+    grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr));
+    gap: .8rem;
+  }
+  .whole { grid-column: 1 / -1; }
+
+  .bars { position: relative; margin: .8rem 0; padding: 6px 0; }
+  .bar { height: 14px; border-radius: 2px; }
+  .before { background: var(--before); }
+  .after { margin-top: 6px; background: var(--after); }
+  .box {
+    position: absolute;
+    bottom: 2px;
+    height: 20px;
+    border: 2px solid;
+    border-radius: 3px;
+  }
+
+  .chart { display: grid; grid-template-columns: auto 1fr; gap: .3rem .6rem; }
+  .chart .low { align-self: end; }
+  .chart .plot { grid-area: 1 / 2 / 3 / 3; height: 220px; }
+  .chart .steps { grid-column: 2; display: flex; justify-content: space-between; }
+  svg { display: block; width: 100%; height: 100%; overflow: visible; }
+  path { fill: none; stroke: var(--after); vector-effect: non-scaling-stroke; }
+  path { stroke-linecap: round; stroke-linejoin: round; }
+  .single { opacity: .45; }
+  .mean { stroke-width: 3; }
+  circle { fill: var(--alarm); stroke: var(--card); stroke-width: 2; }
+</style>
+</head>
+<body>
+<main>
+  <h1>{{ summary.verdict }}.</h1>
+
+  <div class="pair">
+  {% for name, told in summary.items() if bars[name] %}
+    {% set bar = bars[name] %}
+    <section class="card">
+      <h4>{{ name | capitalize }}</h4>
+      <p>{{ told | replace("->", "→") }}</p>
+      <div class="bars" role="img" aria-label="both perplexities as bars">
+        <div class="bar before" style="width: {{ bar.base }}%"></div>
+        <div class="bar after" style="width: {{ bar.finetuned }}%"></div>
+        {% if bar.high %}
+        <div class="box" style="left: {{ bar.low }}%; right: {{ 100 - bar.high }}%"></div>
+        {% endif %}
+      </div>
+    </section>
+  {% endfor %}
+  </div>
+  {% if summary.seen %}
+  <p>Careful: {{ summary.seen }}.</p>
+  {% endif %}
+  <p class="soft">
+    Perplexity: among how many equally likely words the model wavers at each word of the right
+    answer, so lower is better. Grey bar: before; blue bar: after; the box around its end: the 95%
+    interval of the change.
+  </p>
+
+  {% if curve %}
+  <h2>Loss while training</h2>
+  <p class="soft">
+    Nats per token. Pale: training loss of single steps. Strong: its running mean,
+    {{ curve.width }} wide.
+    {% if curve.best %}
+    Dots: validation loss, at last {{ "%.3f" | format(curve.dots[-1].loss) }}, lowest after
+    step {{ curve.best.step }}: {{ "%.3f" | format(curve.best.loss) }}.
+    {% endif %}
+  </p>
+  <div class="card chart soft">
+    <span>{{ "%.2f" | format(curve.high) }}</span>
+    <span class="low">{{ "%.2f" | format(curve.low) }}</span>
+    <div class="plot">
+      <svg role="img" aria-label="loss curve">
+        <svg viewBox="0 0 100 100" preserveAspectRatio="none">
+          <path class="single" d="{{ curve.train }}"/>
+          <path class="mean" d="{{ curve.mean }}"/>
+        </svg>
+        {% for dot in curve.dots %}
+        <circle cx="{{ dot.x }}%" cy="{{ dot.y }}%" r="6">
+          <title>step {{ dot.step }}: {{ "%.3f" | format(dot.loss) }}</title>
+        </circle>
+        {% endfor %}
+      </svg>
+    </div>
+    <div class="steps"><span>step 0</span><span>step {{ curve.last }}</span></div>
+  </div>
+  {% endif %}
+
+  <h2>Answers side by side</h2>
+  <p class="soft">{{ summary.answers | replace("->", "→") | capitalize }}.</p>
+  {% if summary.WARNING %}
+  <p class="alarm"><strong>Warning: {{ summary.WARNING }}</strong></p>
+  {% endif %}
+  {% for each in prompts %}
+  <h3 dir="auto">{{ each.prompt }}</h3>
+  <div class="pair">
+    {% for side, title in sides.items() %}
+    <div class="card">
+      <h4>
+        {{ title | capitalize }}
+        {% if not each[side + "_stopped"] %}
+        <span class="alarm">cut at {{ settings.max_new_tokens }} tokens</span>
+        {% endif %}
+      </h4>
+      {% if each[side] %}
+      <pre dir="auto">{{ each[side] }}</pre>
+      {% else %}
+      <p class="soft">(no text)</p>
+      {% endif %}
+    </div>
+    {% endfor %}
+    {% if each.reference is not none %}
+    <div class="card whole">
+      <h4>Right answer</h4>
+      <pre dir="auto">{{ each.reference }}</pre>
+    </div>
+    {% endif %}
+  </div>
+  {% endfor %}
+
+  <h2>Settings</h2>
+  <details>
+    <summary>Options, versions, device</summary>
+    <pre>{{ settings | tojson(2) }}</pre>
+  </details>
+</main>
+</body>
+</html>"""
 
 
-def write_results(output, results, shown, log):
+def write_results(output, results, curve):
     """Write the results as strict JSON and, beside it, as a page; its template escapes texts."""
-    page = jinja2.Template(PAGE, autoescape=True, trim_blocks=True)
-    page = page.render(results | log | {"prompts": shown, "titles": TITLES})
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
+    bars = {"elsewhere": draw_bars(results["general"])}
+    if results["perplexity"]:
+        bars["held out"] = bars["val data"] = draw_bars(results["perplexity"])
+    page = jinja2.Template(PAGE, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = page.render(results, bars=bars, curve=curve, sides=SIDES)
+
     files = {output.with_suffix(".html"): page, output: text}
-    with explained(f"can't write {output}", "choose another --output"):
+    with explained(f"can't write {output}", "choose another --output", OSError):
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent) as aside:
             for path, text in files.items():
@@ -705,51 +1253,89 @@ def write_results(output, results, shown, log):
 
 def plain(text):
     """Text for the terminal: what would steer it, or what it lacks, is shown as code."""
-    steering = {c for c in text if unicodedata.category(c)[0] == "C"} - set("\u200c\u200d")
-    text = text.translate({ord(c): ascii(c)[1:-1] for c in steering})
+    shown = []
+    for letter in text:
+        steers = unicodedata.category(letter)[0] == "C"
+        if steers and letter not in "\u200c\u200d":  # these two join letters
+            letter = ascii(letter)[1:-1]
+        shown.append(letter)
     encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    return "".join(shown).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def wrap(text, width):
     """The lines of a column of text."""
-    lines = map(plain, text.expandtabs(4).splitlines())
-    split = partial(textwrap.wrap, width=width, break_on_hyphens=False)
-    return [part for line in lines for part in split(line) or [""]]
+    lines = []
+    for line in text.expandtabs(4).splitlines():
+        parts = textwrap.wrap(plain(line), width, break_on_hyphens=False)
+        lines += parts or [""]
+    return lines
 
 
-def tell(line):
-    """Print a line, what does not fit the terminal below its text."""
+def tell(name, text):
+    """Print a line of the summary, what does not fit the terminal below its text."""
     columns = max(40, shutil.get_terminal_size().columns)
-    whole = {"break_long_words": False, "break_on_hyphens": False}
-    print(textwrap.fill(plain(line), columns, subsequent_indent=" " * 12, **whole))
+    line = textwrap.fill(
+        plain(f"{name:12}{text}"),
+        columns,
+        subsequent_indent=" " * 12,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    print(line)
 
 
-def print_side_by_side(prompts):
-    """Print each prompt with its two answers in columns that fit the terminal, then the reference.
+def is_even(text):
+    """Whether each letter takes a column, from left to right."""
+    for letter in text:
+        if unicodedata.east_asian_width(letter) in "FW":
+            return False
+        if unicodedata.bidirectional(letter) in ["R", "AL", "NSM"]:
+            return False
+    return True
 
-    They stand one below the other where it is narrow, or where letters may take two columns, none,
-    or run from right to left.
+
+def print_pairs(pairs):
+    """Print each prompt with its two answers in columns that fit the terminal, then the right one.
+
+    They stand one below the other where it is narrow, or where letters are no columns (is_even).
     """
     columns = max(40, min(shutil.get_terminal_size().columns, 160))
-    for number, result in enumerate(prompts, 1):
-        texts = {side: result[side] for side in TITLES if result[side] is not None}
-        odd = any(
-            unicodedata.east_asian_width(c) in "FW" or unicodedata.bidirectional(c) in ODD
-            for c in "".join([result["prompt"], *texts.values()])
-        )
-        whole = columns // 2 if odd else columns
-        width = whole if odd or columns < 60 else (whole - 3) // 2
+    for number, pair in enumerate(pairs, 1):
+        reference = pair["reference"] or ""
+        whole = width = columns
+        if not is_even(pair["prompt"] + pair["base"] + pair["finetuned"] + reference):
+            whole = width = columns // 2  # a letter may take two
+        elif columns >= 60:
+            width = (columns - 3) // 2
+
         blocks = []
-        for side, text in texts.items():
-            title = TITLES[side] + " (cut)" * (not result.get(f"{side}_stopped", True))
-            size = whole if side == "reference" else width
-            blocks.append([title, "-" * size, *wrap(text, size)])
+        for side, title in SIDES.items():
+            if not pair[f"{side}_stopped"]:
+                title += " (cut)"
+            blocks.append([title, "-" * width, *wrap(pair[side] or "(no text)", width)])
         if width < whole:
-            pairs = itertools.zip_longest(*blocks[:2], fillvalue="")
-            blocks[:2] = [[f"{left:{width}} | {right}".rstrip() for left, right in pairs]]
-        blocks.insert(0, wrap(f"[{number}/{len(prompts)}] {result['prompt']}", whole))
-        print(*("\n".join(block) + "\n" for block in blocks), sep="\n")
+            both = []
+            for left, right in itertools.zip_longest(*blocks, fillvalue=""):
+                both.append(f"{left:{width}} | {right}".rstrip())
+            blocks = [both]
+        if reference:
+            blocks.append(["right answer", "-" * whole, *wrap(reference, whole)])
+        blocks.insert(0, wrap(f"[{number}/{len(pairs)}] {pair['prompt']}", whole))
+        for block in blocks:
+            print(*block, "", sep="\n")
+        print()
+
+
+def surroundings():
+    """What the figures depend on beside the options."""
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    versions = {}
+    for name in ["torch", "transformers", "peft", "bitsandbytes"]:
+        versions[name] = version(name)
+    return {"device": device, "versions": versions}
 
 
 def main(argv=None):
@@ -760,42 +1346,68 @@ def main(argv=None):
     if HIDE_BARS:
         transformers.logging.disable_progress_bar()
 
-    folder, output = Path(args.adapter), Path(args.output)
-    trained = read_adapter(folder, args)
-    held_out = read_jsonl(args.val_data) if args.val_data else []
-    asked = held_out[: args.val_prompts] + read_prompts(args.prompts)
+    folder = Path(args.adapter)
+    output = Path(args.output)
+    adapter = read_adapter(folder)
+    training = read_training(folder)
+    settings = settle(args, adapter.get("base_model_name_or_path"), training["arguments"])
+    asked = read_prompts(args.prompts)
+    groups = {}
+    if args.val_data:
+        groups["val data"] = read_jsonl(args.val_data)
+        seen = count_seen(groups["val data"], args.val_data, training["data"], folder)
+        asked = groups["val data"][: args.val_prompts] + asked
+    groups["elsewhere"] = [to_record({"instruction": q, "output": a}) for q, a in EVERYDAY]
     check_output(output, folder, args.prompts, args.val_data)
 
-    source = folder if (folder / "tokenizer_config.json").exists() else trained["model"]
-    with explained(f"can't load the model {source}", MODEL_ADVICE):
+    settings["model"] = find_model(settings["model"], folder)
+    source = settings["model"]
+    if (folder / "tokenizer_config.json").exists():
+        source = folder
+    with explained(f"can't load the tokenizer of {source}", MODEL_ADVICE):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     frame = chat_frame(tokenizer)
-    model = load_pair(trained, folder)
-    pairs = [line.split(" | ") for line in EVERYDAY.splitlines()]
-    groups = {"held out": held_out} if held_out else {}
-    groups["elsewhere"] = [{"instruction": q, "input": "", "output": a} for q, a in pairs]
-    base, max_length = model.get_base_model(), trained["max_seq_length"]
-    prompts, groups = encode_all(base, tokenizer, frame, asked, groups, max_length, args)
-    tell(f"model       {trained['model']} in {trained['precision']}, with {folder} off and on")
-    tell(f"prompts     {len(asked)} <- {args.val_data or 'no rows'}, {args.prompts or 'built in'}")
-    with explained(f"{args.batch_size} prompts at once", "", torch.OutOfMemoryError):
-        answers, seconds, figures = run_both(model, tokenizer, frame, asked, prompts, groups, args)
-    if not math.isfinite(sum(each["base"] + each["finetuned"] for each in figures.values())):
-        sys.exit(f"error: {folder}: no finite figures; train with a lower --learning-rate")
+    check_frame(frame, training["prompt"], source)
 
-    results = {"summary": conclude(answers, seconds, figures), "prompts": answers}
-    results |= {"perplexity": figures.get("held out"), "general": figures["elsewhere"]}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    versions = {name: version(name) for name in "torch transformers peft bitsandbytes".split()}
-    results["settings"] = vars(args) | trained | {"device": device, "versions": versions}
-    shown = [clip(answer, tokenizer, args.max_new_tokens) for answer in answers]
-    write_results(output, results, shown, read_log(folder / "training_log.jsonl"))
-    print_side_by_side(shown)
-    for name, text in results["summary"].items():
+    model = load_pair(folder, settings, training)
+    base = model.get_base_model()
+    context = getattr(base.config.get_text_config(), "max_position_embeddings", 2**20)
+    limit = settings["max_seq_length"] or context
+    rows, left_out = encode_rows(groups, tokenizer, frame, limit, args.val_data)
+    prompts = encode_prompts(asked, tokenizer, frame)
+    check_room(base, prompts, rows, context, args)
+    tell("model", f"{settings['model']} in {settings['precision']}, with {folder} off and on")
+    tell("prompts", f"{len(asked)} <- {args.val_data or 'no rows'}, {args.prompts or 'built in'}")
+
+    ends = end_ids(base, tokenizer, frame)
+    with explained(f"{args.batch_size} prompts at once", "", torch.OutOfMemoryError):
+        answers, nats, seconds = run_both(model, tokenizer, ends, prompts, rows, args)
+    figures = compare_groups(nats, rows)
+    for each in figures.values():
+        if not math.isfinite(each["base"] + each["finetuned"]):
+            sys.exit(f"error: {folder}: no finite figures; train with a lower --learning-rate")
+
+    summary = {"verdict": "No verdict without --val-data: read the answers side by side"}
+    if args.val_data:
+        summary = conclude_held_out(figures["val data"], left_out["val data"], seen, limit)
+    summary["elsewhere"] = conclude_elsewhere(figures["elsewhere"])
+    pairs = pair_answers(asked, answers)
+    summary.update(conclude_answers(pairs, seconds, args.repetition_penalty))
+    results = {
+        "summary": summary,
+        "prompts": pairs,
+        "perplexity": figures.get("val data"),
+        "general": figures["elsewhere"],
+        "settings": {**vars(args), **settings, **surroundings()},
+    }
+    train, val = read_log(folder / "training_log.jsonl")
+    write_results(output, results, draw_curve(train, val))
+    print_pairs(pairs)
+    for name, text in summary.items():
         if isinstance(text, str):
-            tell(f"{name:12}{text}")
-    tell(f"saved       {output} and {output.with_suffix('.html')}")
-    return results["summary"] | {key: results[key] for key in ("perplexity", "general")}
+            tell(name, text)
+    tell("saved", f"{output} and {output.with_suffix('.html')}")
+    return {**summary, "perplexity": results["perplexity"], "general": results["general"]}
 
 
 if __name__ == "__main__":
