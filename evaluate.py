@@ -206,14 +206,7 @@ def parse_args(argv=None):
     add("--val-data", VAL_DATA, "JSONL to measure perplexity on", type=path)
     add("--val-prompts", VAL_PROMPTS, "questions of it that are asked", type=int, low=0)
     add("--max-new-tokens", MAX_NEW_TOKENS, "an answer is cut there", type=int, low=1)
-    add(
-        "--repetition-penalty",
-        REPETITION_PENALTY,
-        "before and after alike; 1: none",
-        type=float,
-        low=0.1,
-        high=10,
-    )
+    add("--repetition-penalty", REPETITION_PENALTY, "1: none", type=float, low=0.1, high=10)
     add("--batch-size", BATCH_SIZE, "prompts at once", type=int, low=1)
     add("--output", OUTPUT, "JSON file; the page beside it ends in .html", type=path)
 
@@ -248,8 +241,7 @@ def explained(what, advice, kind=Exception):
 def read_json(path, kind, advice):
     """The list or dict that a JSON file holds."""
     with explained(path, advice, (OSError, ValueError, RecursionError)):
-        text = Path(path).read_text(encoding="utf-8-sig")
-        value = json.loads(text)
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         if not isinstance(value, kind):
             raise ValueError(f"it holds no JSON {kind.__name__}")
     return value
@@ -263,65 +255,47 @@ def read_adapter(folder):
     config = read_json(folder / "adapter_config.json", dict, advice)
     if not (folder / "adapter_model.safetensors").is_file():
         sys.exit(f"error: {folder}: no adapter in it, or a pickled one: not opened; {advice}")
-    if config.get("peft_type") != "LORA":
-        sys.exit(f"error: {folder}: no LoRA, but {config.get('peft_type')}; {advice}")
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        sys.exit(f"error: {folder}: no LoRA, but {kind}; {advice}")
 
     found = []
     start = config.get("init_lora_weights")
     if start not in [None, True, False, "gaussian", "eva", "orthogonal", "mica"]:
         found.append(f"init_lora_weights={start}")  # PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA
     if config.get("bias", "none") != "none":
-        found.append(f"bias={config['bias']}")  # they stay on
+        found.append("bias")
     for key in ["layer_replication", "kasa_config", "arrow_config", "alora_invocation_tokens"]:
         if config.get(key):
             found.append(key)
     if found:
-        what = f"no LoRA that can be switched off, by its {' and '.join(found)}"
-        sys.exit(f"error: {folder}: {what}: before would not be the base; train a plain one")
+        what = f"{' and '.join(found)}: with this adapter off, the model is not its base again"
+        sys.exit(f"error: {folder}: {what}; train a plain LoRA")
     return config
 
 
-def read_training(folder):
-    """What lora_finetune.py noted in training_config.json; of another tool's file no more fits."""
-    path = folder / "training_config.json"
-    noted = {}
-    if path.exists():
-        noted = read_json(path, dict, "restore it, or remove it")
-    training = {"arguments": {}, "prompt": {}, "data": {}, "embedding_norm": 0.0}
-    for key in training:
-        if isinstance(noted.get(key), type(training[key])):
-            training[key] = noted[key]
-    return training
-
-
-def settle(args, base, arguments):
+def settle(args, adapter, training):
     """What to load: as it was trained, where no option is given."""
-    settings = {"precision": "fp16", "load_in_4bit": True, "max_seq_length": None}
-    for key in settings:
-        for source in [arguments, vars(args)]:
+    settings = {"model": None, "precision": "fp16", "load_in_4bit": True, "max_seq_length": None}
+    base = {"model": adapter.get("base_model_name_or_path")}  # wins: people edit it there
+    for source in [training.get("arguments", {}), base, vars(args)]:
+        for key in settings:
             if source.get(key) is not None:
                 settings[key] = source[key]
+    if not isinstance(settings["model"], str):
+        sys.exit("error: the adapter does not say its base; pass what it was trained on: --model")
     if settings["precision"] == "fp16" and not torch.cuda.is_available():
         settings["precision"] = "fp32"
-
-    settings["model"] = base  # not that of training_config.json: people edit it in the adapter's
-    if args.model is not None:
-        settings["model"] = args.model
-    if not settings["model"] or not isinstance(settings["model"], str):
-        sys.exit("error: the adapter does not say its base; pass what it was trained on: --model")
     return settings
 
 
-def find_model(name, beside):
+def find_model(name, beside=None):
     """The folder that a name stands for, here or seen from the folder `beside`, or a Hub name."""
     path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if (beside / path).is_dir():
-        return str(beside / path)
-
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if is_path or "\\" in name or ":" in name:  # the last two: a path of Windows
+    for place in [path, Path(beside or ".", path)]:
+        if place.is_dir():
+            return str(place)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         sys.exit(
             f"error: no folder {name}; pass the model that the adapter was trained on: --model"
         )
@@ -330,21 +304,13 @@ def find_model(name, beside):
     return name
 
 
-def check_output(output, folder, *read):
+def check_output(output, taken):
     """Refuse, before the work, an output that can't be written or would overwrite what is read."""
-    taken = list(folder.glob("*.json"))
-    for path in read:
-        if path:
-            taken.append(Path(path))
-    taken = [path.resolve() for path in taken]
+    taken = [Path(path).resolve() for path in taken]
     for path in [output, output.with_suffix(".html")]:
-        is_wrong = output.suffix != ".json" or path.is_dir()
-        if is_wrong or path.resolve() in taken:
+        if output.suffix != ".json" or path.is_dir() or path.resolve() in taken:
             sys.exit(f"error: {path} is read here, or not for writing; --output takes a new .json")
-
-    nearest = output.absolute().parent
-    while not nearest.exists():
-        nearest = nearest.parent
+    nearest = next(path for path in output.absolute().parents if path.exists())
     with explained(f"can't write to {nearest}", "choose another --output", OSError):
         tempfile.TemporaryFile(dir=nearest).close()
 
@@ -390,66 +356,57 @@ def read_prompts(path):
     questions = QUESTIONS
     if path:
         questions = read_json(path, list, advice)
+    if not questions:
+        sys.exit(f"error: {path}: no question in it; {advice}")
     records = []
     for number, question in enumerate(questions, 1):
         with explained(f"{path}: item {number}", advice, ValueError):
             record = to_record({"instruction": question, "output": "-"})
-        record["output"] = None
-        records.append(record)
-    if not records:
-        sys.exit(f"error: {path}: no question in it; {advice}")
+        records.append({**record, "output": None})
     return records
 
 
-def folded(*texts):
-    """Texts as one, for comparing: blanks and case do not count."""
-    text = unicodedata.normalize("NFKC", " ".join(texts))
-    return " ".join(text.casefold().split())
+def folded(record):
+    """A record's question and answer, for comparing: case and blanks do not count."""
+    pair = []
+    for text in [record["instruction"] + " " + record["input"], record["output"]]:
+        text = unicodedata.normalize("NFKC", text).casefold()
+        pair.append(" ".join(text.split()))
+    return tuple(pair)
 
 
-def find_training_file(data, folder):
-    """The file that training read, or one of its name, and whether it is still the same.
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-    Its path is the user's of that day, relative to where training ran: here, or above the adapter.
+
+def count_seen(records, path, data):
+    """What training saw of the records, for the summary, and why they are not held out: a list.
+
+    data tells the file that was trained on: {"path", "sha256"}; another tool does not.
     """
-    found = None
-    for place in [Path.cwd(), *folder.absolute().parents]:
-        path = place / data["path"]
-        if path.is_file():
-            found = path
-            if hashlib.sha256(path.read_bytes()).hexdigest() == data["sha256"]:
-                return path, True
-    return found, False
+    seen = {"rows_seen": None, "questions_seen": None}
+    if not data:
+        return seen, []
+    trained = Path(data["path"])
+    if sha256(path) == data["sha256"]:
+        trained = path
+    elif not trained.is_file():
+        seen["seen"] = f"whether training saw these rows can't be told: {trained} is not here"
+        return seen, []
+    elif sha256(trained) != data["sha256"]:
+        return seen, [f"training may have seen these rows, {trained} was changed since"]
 
-
-def count_seen(records, path, data, folder):
-    """How many of the records training saw, and of how many more the question; None: not told."""
-    seen = {"rows_seen": None, "questions_seen": None, "changed": None, "gone": None}
-    if not isinstance(data.get("path"), str) or not isinstance(data.get("sha256"), str):
-        return seen  # another tool trained
-    if hashlib.sha256(Path(path).read_bytes()).hexdigest() == data["sha256"]:
-        return {**seen, "rows_seen": len(records), "questions_seen": 0}
-    trained, is_same = find_training_file(data, folder)
-    if not trained:
-        return {**seen, "gone": data["path"]}
-    if not is_same:
-        return {**seen, "changed": data["path"]}
-
-    questions = set()
-    rows = set()
-    for record in read_jsonl(trained):
-        question = folded(record["instruction"], record["input"])
-        questions.add(question)
-        rows.add((question, folded(record["output"])))
-    seen["rows_seen"] = 0
-    seen["questions_seen"] = 0
-    for record in records:
-        question = folded(record["instruction"], record["input"])
-        if (question, folded(record["output"])) in rows:
-            seen["rows_seen"] += 1
-        elif question in questions:
-            seen["questions_seen"] += 1
-    return seen
+    rows = {folded(record) for record in read_jsonl(trained)}
+    questions = {question for question, _ in rows}
+    doubts = []
+    keys = [folded(record) for record in records]
+    seen["rows_seen"] = sum(key in rows for key in keys)
+    if seen["rows_seen"]:
+        doubts.append(f"{seen['rows_seen']} of {len(keys)} rows were trained on")
+    seen["questions_seen"] = sum(key[0] in questions for key in keys) - seen["rows_seen"]
+    if seen["questions_seen"]:
+        doubts.append(f"{seen['questions_seen']} of {len(keys)} ask what training asked")
+    return seen, doubts
 
 
 # The same in lora_finetune.py, letter for letter.
@@ -503,12 +460,10 @@ def check_frame(frame, trained, source):
         now = getattr(frame, part)
         then = trained.get(part, now)
         if now != then:
-            start = len(os.path.commonprefix([now, then]))  # what differs may stand far behind
-            what = (
-                f"{part} of the prompt is {now[start:][:40]!r} where it was {then[start:][:40]!r}"
-            )
+            same = len(os.path.commonprefix([now, then]))
+            what = f"{part} of the prompt is {now[same:][:40]!r}, in training it was"
             advice = "put back the tokenizer and chat_template.jinja that training saved"
-            sys.exit(f"error: {source}: the {what} in training; {advice}")
+            sys.exit(f"error: {source}: the {what} {then[same:][:40]!r}; {advice}")
 
 
 # The same in lora_finetune.py, letter for letter.
@@ -559,15 +514,14 @@ def encode(record, tokenizer, frame, max_length):
 # The same in lora_finetune.py, letter for letter.
 def end_ids(model, tokenizer, frame):
     """The ids that end an answer: of a turn, and of a text by the tokenizer and by the model."""
-    ids = set(tokenizer(frame.end, add_special_tokens=False)["input_ids"][-1:])
-    ids.add(tokenizer.eos_token_id)
+    ids = tokenizer(frame.end, add_special_tokens=False)["input_ids"][-1:]
+    ids.append(tokenizer.eos_token_id)
     named = model.generation_config.eos_token_id
     if isinstance(named, list):
-        ids.update(named)
+        ids += named
     else:
-        ids.add(named)
-    ids.discard(None)
-    return sorted(ids)
+        ids.append(named)
+    return sorted(set(ids) - {None})
 
 
 # The same in lora_finetune.py, letter for letter.
@@ -644,100 +598,77 @@ def find_head(model):
 def load_pair(folder, settings, training):
     """Load the base and put the adapter on it, checking that the two belong together."""
     name = settings["model"]
-    precision = settings["precision"]
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = 0
-    base = load_base(name, device, precision, settings["load_in_4bit"])
+    device = 0 if torch.cuda.is_available() else "cpu"
+    base = load_base(name, device, settings["precision"], settings["load_in_4bit"])
     mend(base)
-
-    fit = f"adapter {folder} does not fit {name}"
-    advice = "pass the --model it was trained on"
-    norm = base.get_input_embeddings().weight[::100].double().norm().item()
-    trained_norm = training["embedding_norm"] or norm
     tolerance = 1e-5
-    if precision != training["arguments"].get("precision"):
+    if settings["precision"] != training.get("arguments", {}).get("precision"):
         tolerance = 1e-3  # numbers rounded otherwise
-    if not math.isclose(norm, trained_norm, rel_tol=tolerance):
-        sys.exit(f"error: {fit}: the base has other token embeddings; {advice}")
 
-    with explained(fit, advice):
+    with explained(f"adapter {folder} does not fit {name}", "pass the --model it was trained on"):
+        norm = base.get_input_embeddings().weight[::100].double().norm().item()
+        if not math.isclose(norm, training.get("embedding_norm", norm), rel_tol=tolerance):
+            raise ValueError("the base has other token embeddings")
         saved = load_file(folder / "adapter_model.safetensors")
         for key in saved:
             if key.endswith("embed_tokens.weight"):  # may hold tokens that were added
                 base.resize_token_embeddings(len(saved[key]), mean_resizing=False)
         model = peft.PeftModel.from_pretrained(base, folder)
-    others = saved.keys() ^ peft.get_peft_model_state_dict(model).keys()
-    if any("lora_" in key for key in others):
-        sys.exit(f"error: {fit}: its layers are others; {advice}")
+        others = saved.keys() ^ peft.get_peft_model_state_dict(model).keys()
+        if any("lora_" in key for key in others):
+            raise ValueError("its layers are others")
     return model.eval()
 
 
-def encode_rows(groups, tokenizer, frame, limit, path):
-    """Rows of each group, longest first, and of how many the answer has no room within `limit`."""
-    rows = {}
-    left_out = {}
-    for name, records in groups.items():
-        encoded = [encode(record, tokenizer, frame, limit) for record in records]
-        kept = [row for row in encoded if row["targets"] > 0]
-        if not kept:
-            what = f"{name}, {path}: no answer within {limit} tokens"
-            sys.exit(f"error: {what}; take shorter rows")
-        rows[name] = sorted(kept, key=lambda row: -len(row["input_ids"]))
-        left_out[name] = len(records) - len(kept)
-    return rows, left_out
+def encode_rows(name, records, tokenizer, frame, limit):
+    """Rows whose answer has room within `limit` tokens, longest first."""
+    rows = []
+    for record in records:
+        row = encode(record, tokenizer, frame, limit)
+        if row["targets"] > 0:
+            rows.append(row)
+    if not rows:
+        sys.exit(f"error: {name}: no answer within {limit} tokens; take shorter rows")
+    return sorted(rows, key=lambda row: -len(row["input_ids"]))
 
 
-def encode_prompts(asked, tokenizer, frame):
-    """Token ids of each question, as training has them."""
-    prompts = []
-    for record in asked:
-        row = encode({**record, "output": ""}, tokenizer, frame, None)
-        prompts.append(row["input_ids"][: row["prompt_tokens"]])
-    return prompts
-
-
-def check_room(base, prompts, rows, context, args):
+def check_room(base, prompts, rows, context, max_new_tokens):
     """Refuse what the model can't read: longer texts, or tokens that it lacks."""
     longest = max(map(len, prompts))
-    if longest + args.max_new_tokens > context:
+    if longest + max_new_tokens > context:
         room = f"of {longest:,} tokens and its answer are beyond the model's {context:,}"
         sys.exit(f"error: a question {room}; shorten it or --max-new-tokens")
-
     known = len(base.get_input_embeddings().weight)
-    largest = max(map(max, prompts))
-    for group in rows.values():
-        for row in group:
-            largest = max(largest, *row["input_ids"])
-    if largest >= known:
+    texts = [*prompts, *(row["input_ids"] for row in rows)]
+    if max(map(max, texts)) >= known:
         lack = f"the tokenizer has tokens beyond the model's {known:,}"
         sys.exit(f"error: {lack}; pass the --model that the adapter was trained on")
 
 
-def generate(model, tokenizer, prompts, ends, size, title):
-    """Answer prompts (token ids), `size` at once: [{"text", "stopped", "tokens"}, ...]."""
+def generate(model, tokenizer, prompts, ends, size, side):
+    """Answer prompts (token ids), `size` at once: [{side: text, side_stopped, side_tokens}]."""
     answers = []
     starts = range(0, len(prompts), size)
-    for start in tqdm(starts, title, disable=HIDE_BARS, leave=False):
+    for start in tqdm(starts, f"answers, {SIDES[side]}", disable=HIDE_BARS, leave=False):
         part = prompts[start : start + size]
         width = max(map(len, part))
         ids = []
         mask = []
         for prompt in part:
             missing = width - len(prompt)
-            ids.append(prompt[:1] * missing + prompt)  # no new token, which a penalty would heed
+            ids.append(prompt[:1] * missing + prompt)  # a new token would come under the penalty
             mask.append([0] * missing + [1] * len(prompt))
-        output = model.generate(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-        )
+        ids = torch.tensor(ids, device=model.device)
+        mask = torch.tensor(mask, device=model.device)
+        output = model.generate(input_ids=ids, attention_mask=mask)
+
         for new in output[:, width:].tolist():
-            end = next((i for i, id in enumerate(new) if id in ends), None)
-            text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
-            tokens = len(new)
-            if end is not None:
-                tokens = end + 1
-            answers.append({"text": text, "stopped": end is not None, "tokens": tokens})
+            found = [i for i, id in enumerate(new) if id in ends]
+            end = found[0] if found else len(new)
+            text = tokenizer.decode(new[:end], skip_special_tokens=True)
+            answer = {side: text.strip(), f"{side}_stopped": bool(found)}
+            answer[f"{side}_tokens"] = len(new[: end + 1])
+            answers.append(answer)
     return answers
 
 
@@ -787,48 +718,15 @@ def micro_batches(rows, room):
         rows = rows[size:]
 
 
-def measure(nll_of, rows, room, title):
+def measure(nll_of, rows, size, title):
     """The NLL in nats of each row's answer."""
-    parts = list(micro_batches(rows, room))
+    room = size * len(rows[0]["input_ids"]) // 2  # half as many as prompts: all tokens at once
     nats = []
-    for part in tqdm(parts, title, disable=HIDE_BARS, leave=False):
+    for part in tqdm(list(micro_batches(rows, room)), title, disable=HIDE_BARS, leave=False):
         nats.append(nll_of(part))
     nats = torch.cat(nats).double().cpu()
     nats = nats.split([row["targets"] for row in rows])
     return np.array([row.sum().item() for row in nats])
-
-
-def run_both(model, tokenizer, ends, prompts, rows, args):
-    """With the adapter off and on: {side: answers}, {side: {group: NLL of each row}}, seconds."""
-    base = model.get_base_model()
-    nll_of = partial(response_nll, base, find_head(base), tokenizer.eos_token_id or 0)
-    base.generation_config = GenerationConfig(  # greedy; what the base's own asks for is left out
-        do_sample=False,
-        max_new_tokens=args.max_new_tokens,
-        repetition_penalty=args.repetition_penalty,
-        eos_token_id=ends or None,
-        pad_token_id=0,
-    )
-    dtype = base.get_input_embeddings().weight.dtype
-    autocast = torch.autocast(base.device.type, dtype, enabled=dtype != torch.float32)
-    switches = {"base": model.disable_adapter(), "finetuned": contextlib.nullcontext()}
-
-    answers = {}
-    nats = {}
-    seconds = 0.0
-    for side, switch in switches.items():
-        with torch.inference_mode(), autocast, switch:
-            began = time.monotonic()
-            title = f"answers, {SIDES[side]}"
-            answers[side] = generate(base, tokenizer, prompts, ends, args.batch_size, title)
-            seconds += time.monotonic() - began
-            nats[side] = {}
-            for name, group in rows.items():
-                longest = len(group[0]["input_ids"])
-                room = args.batch_size * longest // 2  # half as many as prompts: all tokens at once
-                title = f"{name}, {SIDES[side]}"
-                nats[side][name] = measure(nll_of, group, room, title)
-    return answers, nats, seconds
 
 
 def perplexity(nll, tokens, axis=-1):
@@ -845,16 +743,12 @@ def compare(base, finetuned, tokens):
     difference = finetuned - base
     interval = None
     if len(tokens) > 1:
-        drawn = scipy.stats.bootstrap(
-            (difference, tokens),
-            perplexity,
-            paired=True,
-            batch=100,
-            rng=np.random.default_rng(0),
-        )
-        ends = drawn.confidence_interval
+        rng = np.random.default_rng(0)
+        both = (difference, tokens)
+        drawn = scipy.stats.bootstrap(both, perplexity, paired=True, batch=100, rng=rng)
+        ends = [float(end) for end in drawn.confidence_interval]
         if np.isfinite(ends).all():  # not where all rows changed alike
-            interval = [float(end) for end in ends]
+            interval = ends
     return {
         "base": float(perplexity(base, tokens)),
         "finetuned": float(perplexity(finetuned, tokens)),
@@ -866,30 +760,40 @@ def compare(base, finetuned, tokens):
     }
 
 
-def compare_groups(nats, rows):
-    """The figures of each group, see compare."""
+def run_both(model, tokenizer, ends, prompts, rows, args):
+    """With the adapter off and on: answers to each prompt, seconds, and figures of each group."""
+    base = model.get_base_model()
+    nll_of = partial(response_nll, base, find_head(base), tokenizer.eos_token_id or 0)
+    base.generation_config = GenerationConfig(  # greedy; what the base's own asks for is left out
+        do_sample=False,
+        max_new_tokens=args.max_new_tokens,
+        repetition_penalty=args.repetition_penalty,
+        eos_token_id=ends or None,
+        pad_token_id=0,
+    )
+    dtype = base.get_input_embeddings().weight.dtype
+    autocast = torch.autocast(base.device.type, dtype, enabled=dtype != torch.float32)
+    switches = {"base": model.disable_adapter(), "finetuned": contextlib.nullcontext()}
+
+    answers = [{} for _ in prompts]
+    seconds = 0.0
+    nats = {}
+    for side, switch in switches.items():
+        with torch.inference_mode(), autocast, switch:
+            began = time.monotonic()
+            new = generate(base, tokenizer, prompts, ends, args.batch_size, side)
+            seconds += time.monotonic() - began
+            for answer, one in zip(answers, new, strict=True):
+                answer.update(one)
+            for name, group in rows.items():
+                title = f"{name}, {SIDES[side]}"
+                nats[name, side] = measure(nll_of, group, args.batch_size, title)
+
     figures = {}
     for name, group in rows.items():
         tokens = np.array([row["targets"] for row in group])
-        figures[name] = compare(nats["base"][name], nats["finetuned"][name], tokens)
-    return figures
-
-
-def pair_answers(asked, answers):
-    """Each question with its two answers and the right one, None where there is none."""
-    pairs = []
-    for i, record in enumerate(asked):
-        question = record["instruction"]
-        if record["input"]:
-            question += "\n\n" + record["input"]
-        pair = {"prompt": question, "reference": record["output"]}
-        for side in SIDES:
-            answer = answers[side][i]
-            pair[side] = answer["text"]
-            pair[f"{side}_stopped"] = answer["stopped"]
-            pair[f"{side}_tokens"] = answer["tokens"]
-        pairs.append(pair)
-    return pairs
+        figures[name] = compare(nats[name, "base"], nats[name, "finetuned"], tokens)
+    return answers, seconds, figures
 
 
 def judge(figures):
@@ -902,161 +806,110 @@ def judge(figures):
     return "unclear"
 
 
-def quote(figures, kind):
+def quote(figures):
     """The figures of a group in words."""
     interval = "no interval"
     if figures["ratio_ci95"]:
-        ends = []
-        for end in figures["ratio_ci95"]:
-            ends.append(f"{end:.3f}" if end < 1000 else ">1000")
-        interval = f"95% interval {' to '.join(ends)}"
-    told = "perplexity {base:.2f} -> {finetuned:.2f} on {rows} {kind}, x {ratio:.3f} ({interval})"
-    return told.format(kind=kind, interval=interval, **figures)
-
-
-def doubts(seen, rows):
-    """Why rows of --val-data are not held out, as far as can be told: a list, empty where they are."""
-    reasons = []
-    if seen["rows_seen"]:
-        reasons.append(f"{seen['rows_seen']} of {rows} rows were trained on")
-    if seen["questions_seen"]:
-        reasons.append(f"{seen['questions_seen']} of {rows} rows ask what training asked")
-    if seen["changed"]:
-        reasons.append(f"training may have seen these rows: {seen['changed']} was changed since")
-    return reasons
-
-
-def conclude_held_out(figures, left_out, seen, limit):
-    """The summary of --val-data: a verdict, though none on rows that were trained on, and figures."""
-    rows = figures["rows"] + left_out
-    reasons = doubts(seen, rows)
-    if reasons:
-        told = quote(figures, "rows")
-        summary = {"verdict": f"No verdict: {' and '.join(reasons)}"}
-        name = "val data"
-    else:
-        told = quote(figures, "held-out rows")
-        summary = {"verdict": VERDICTS[judge(figures)]}
-        name = "held out"
-    summary[name] = f"{told}, {figures['rows_improved']} of {figures['rows']} better"
-    if left_out:
-        room = f"no room for an answer within {limit} tokens"
-        summary[name] += f"; {left_out} of {rows} rows left out: {room}"
-    if seen["gone"]:
-        summary["seen"] = f"whether training saw these rows can't be told without {seen['gone']}"
-    summary["rows_left_out"] = left_out
-    summary["rows_seen"] = seen["rows_seen"]
-    summary["questions_seen"] = seen["questions_seen"]
-    return summary
+        low, high = figures["ratio_ci95"]
+        interval = f"95% interval {low:.3f} to {high:.3f}"
+        if high > 1000:
+            interval = f"95% interval from {low:.3f} on"
+    told = "perplexity {base:.2f} -> {finetuned:.2f} on {rows} rows, {rows_improved} of them better"
+    return told.format(**figures) + f", x {figures['ratio']:.3f} ({interval})"
 
 
 def conclude_answers(pairs, seconds, penalty):
-    """The summary of the answers: how many changed and stopped, how long they are, in numbers, too."""
-    changed = [pair["base"] != pair["finetuned"] for pair in pairs]
-    numbers = {"prompts": len(pairs), "answers_changed": sum(changed)}
+    """How many answers changed and stopped, and how long they are: in a sentence and in numbers."""
+    numbers = {"prompts": len(pairs), "answers_changed": 0}
+    for pair in pairs:
+        numbers["answers_changed"] += pair["base"] != pair["finetuned"]
     tokens = 0
     for side in SIDES:
-        side_tokens = sum(pair[f"{side}_tokens"] for pair in pairs)
+        written = sum(pair[f"{side}_tokens"] for pair in pairs)
         numbers[f"{side}_stopped"] = sum(pair[f"{side}_stopped"] for pair in pairs)
-        numbers[f"mean_{side}_tokens"] = side_tokens / len(pairs)
-        tokens += side_tokens
+        numbers[f"mean_{side}_tokens"] = written / len(pairs)
+        tokens += written
     numbers["tokens_per_second"] = tokens / seconds
 
-    line = (
+    told = (
         "{answers_changed} of {prompts} changed, {base_stopped} -> {finetuned_stopped} stopped by "
         "themselves, {mean_base_tokens:.0f} -> {mean_finetuned_tokens:.0f} tokens on average, "
         "{tokens_per_second:,.0f} tokens/s"
     )
-    summary = {"answers": line.format(**numbers)}
+    summary = {"answers": told.format(**numbers)}
     if penalty != 1:
         summary["answers"] += f", repetition penalty {penalty:g}"
-    if not any(changed):
+    if not numbers["answers_changed"]:
         summary["WARNING"] = "no answer changed, the adapter has no effect. Was it trained enough?"
-    summary.update(numbers)
+    return {**summary, **numbers}
+
+
+def conclude(figures, left_out, doubts, limit):
+    """What the figures say: in sentences."""
+    summary = {"verdict": "No verdict without --val-data: read the answers side by side"}
+    for name, group in figures.items():
+        verdict = judge(group)
+        summary[name] = quote(group)
+        if name == "elsewhere":
+            harm = "it got worse at other things" if verdict == "worse" else "no damage seen"
+            summary[name] += f": {harm}"
+        elif doubts:
+            summary["verdict"] = f"No verdict: {' and '.join(doubts)}"
+        else:
+            summary["verdict"] = VERDICTS[verdict]
+        if left_out[name]:
+            rows = left_out[name] + group["rows"]
+            why = f"no room for an answer within {limit} tokens"
+            summary[name] += f"; {left_out[name]} of {rows} rows left out: {why}"
     return summary
 
 
-def conclude_elsewhere(figures):
-    """What became of what the model knew before, in a sentence."""
-    verdict = "no damage seen"
-    if judge(figures) == "worse":
-        verdict = "it got worse at other things"
-    return f"{quote(figures, 'everyday rows')}: {verdict}"
-
-
 def read_log(path):
-    """Points (step, loss) of a training log, of training and of validation."""
+    """Points (step, loss) of a training log: those of training, those of validation."""
     points = {"loss": [], "eval_loss": []}
     kinds = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
-    try:
+    with contextlib.suppress(*kinds):  # there is no log, or another tool's
         for line in path.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             for name in points:
                 if name in entry:
-                    point = (int(entry["step"]), float(entry[name]))
-                    if math.isfinite(point[1]):
-                        points[name].append(point)
-    except kinds:  # there is none, or another tool's
-        return [], []
-    return points["loss"], points["eval_loss"]
-
-
-def running_mean(points, width):
-    """Points of the mean of each loss and of those before it, `width` together."""
-    means = []
-    for end in range(1, len(points) + 1):
-        window = points[max(0, end - width) : end]
-        total = sum(loss for _, loss in window)
-        means.append((points[end - 1][0], total / len(window)))
-    return means
+                    points[name].append((int(entry["step"]), float(entry[name])))
+    return points.values()
 
 
 def draw_curve(train, val):
-    """The losses as the page draws them, in percent of the chart's width and height."""
+    """The loss curve: its points (x, y) in percent of its width and height."""
     if not train:
         return None
-    every = math.ceil(len(train) / 1000)  # a page stays small
+    losses = np.array(train)[:, 1]
     width = len(train) // 10 + 1
-    means = running_mean(train, width)
-    last = max(step for step, _ in train + val)
-    losses = [loss for _, loss in train + val]
-    low = min(losses)
-    high = max(losses)
+    mean = []
+    for end, (step, _) in enumerate(train, 1):
+        mean.append((step, losses[max(0, end - width) : end].mean()))
 
-    def place(step, loss):
-        x = 100 * step / (last or 1)
-        y = 100 * (high - loss) / ((high - low) or 1)
-        return f"{x:.2f},{y:.2f}"
-
-    def path(points):
-        shown = points[::-1][::every]  # the last one is always shown
-        return "M" + " ".join(place(*point) for point in shown) + "h0"
-
-    dots = []
-    for step, loss in val:
-        x, y = place(step, loss).split(",")
-        dots.append({"x": x, "y": y, "step": step, "loss": loss})
-    return {
-        "train": path(train),
-        "mean": path(means),
-        "width": width,
-        "dots": dots,
-        "best": min(dots, key=lambda dot: dot["loss"], default=None),
-        "low": low,
-        "high": high,
-        "last": last,
-    }
+    last, high = np.max(train + val, axis=0).tolist()
+    low = np.min(train + val, axis=0)[1].item()
+    every = len(train) // 1000 + 1  # not all: a page stays small
+    curve = {"width": width, "low": low, "high": high, "last": last, "val": val}
+    for name, points in {"train": train[::-every], "mean": mean[::-every], "dots": val}.items():
+        places = []
+        for step, loss in points:
+            x = 100 * step / (last or 1)
+            y = 100 * (high - loss) / (high - low or 1)
+            places.append((round(x, 2), round(y, 2)))
+        curve[name] = places
+    return curve
 
 
 def draw_bars(figures):
-    """Both perplexities and the interval of the second one, in percent of the bars' width."""
-    top = 1.05 * max(1, figures["ratio"])
+    """Both perplexities, and the interval of the second one, in percent of the bars' width."""
+    scale = 96 / max(1, figures["ratio"])
     low, high = figures["ratio_ci95"] or (0, 0)
     return {
-        "base": 100 / top,
-        "finetuned": 100 * figures["ratio"] / top,
-        "low": 100 * low / top,
-        "high": 100 * min(high / top, 1),
+        "base": scale,
+        "finetuned": scale * figures["ratio"],
+        "low": scale * low,
+        "high": min(scale * high, 100),
     }
 
 
@@ -1165,9 +1018,10 @@ PAGE = """<!doctype html>
   <p class="soft">
     Nats per token. Pale: training loss of single steps. Strong: its running mean,
     {{ curve.width }} wide.
-    {% if curve.best %}
-    Dots: validation loss, at last {{ "%.3f" | format(curve.dots[-1].loss) }}, lowest after
-    step {{ curve.best.step }}: {{ "%.3f" | format(curve.best.loss) }}.
+    {% if curve.val %}
+    {% set best = curve.val | min(attribute=1) %}
+    Dots: validation loss, at last {{ "%.3f" | format(curve.val[-1][1]) }}, lowest after
+    step {{ best[0] }}: {{ "%.3f" | format(best[1]) }}.
     {% endif %}
   </p>
   <div class="card chart soft">
@@ -1176,17 +1030,15 @@ PAGE = """<!doctype html>
     <div class="plot">
       <svg role="img" aria-label="loss curve">
         <svg viewBox="0 0 100 100" preserveAspectRatio="none">
-          <path class="single" d="{{ curve.train }}"/>
-          <path class="mean" d="{{ curve.mean }}"/>
+          <path class="single" d="M{% for x, y in curve.train %}{{ x }},{{ y }} {% endfor %}h0"/>
+          <path class="mean" d="M{% for x, y in curve.mean %}{{ x }},{{ y }} {% endfor %}h0"/>
         </svg>
-        {% for dot in curve.dots %}
-        <circle cx="{{ dot.x }}%" cy="{{ dot.y }}%" r="6">
-          <title>step {{ dot.step }}: {{ "%.3f" | format(dot.loss) }}</title>
-        </circle>
+        {% for x, y in curve.dots %}
+        <circle cx="{{ x }}%" cy="{{ y }}%" r="6"/>
         {% endfor %}
       </svg>
     </div>
-    <div class="steps"><span>step 0</span><span>step {{ curve.last }}</span></div>
+    <div class="steps"><span>step 0</span><span>step {{ curve.last | int }}</span></div>
   </div>
   {% endif %}
 
@@ -1232,15 +1084,9 @@ PAGE = """<!doctype html>
 </html>"""
 
 
-def write_results(output, results, curve):
-    """Write the results as strict JSON and, beside it, as a page; its template escapes texts."""
+def write_results(output, results, page):
+    """Write the results as strict JSON and, beside it, the page: both, or none."""
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
-    bars = {"elsewhere": draw_bars(results["general"])}
-    if results["perplexity"]:
-        bars["held out"] = bars["val data"] = draw_bars(results["perplexity"])
-    page = jinja2.Template(PAGE, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = page.render(results, bars=bars, curve=curve, sides=SIDES)
-
     files = {output.with_suffix(".html"): page, output: text}
     with explained(f"can't write {output}", "choose another --output", OSError):
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -1253,14 +1099,12 @@ def write_results(output, results, curve):
 
 def plain(text):
     """Text for the terminal: what would steer it, or what it lacks, is shown as code."""
-    shown = []
-    for letter in text:
+    for letter in set(text):
         steers = unicodedata.category(letter)[0] == "C"
         if steers and letter not in "\u200c\u200d":  # these two join letters
-            letter = ascii(letter)[1:-1]
-        shown.append(letter)
+            text = text.replace(letter, ascii(letter)[1:-1])
     encoding = sys.stdout.encoding or "utf-8"
-    return "".join(shown).encode(encoding, "backslashreplace").decode(encoding)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def wrap(text, width):
@@ -1275,22 +1119,16 @@ def wrap(text, width):
 def tell(name, text):
     """Print a line of the summary, what does not fit the terminal below its text."""
     columns = max(40, shutil.get_terminal_size().columns)
-    line = textwrap.fill(
-        plain(f"{name:12}{text}"),
-        columns,
-        subsequent_indent=" " * 12,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    print(line)
+    whole = {"break_long_words": False, "break_on_hyphens": False}
+    line = plain(f"{name:12}{text}")
+    print(textwrap.fill(line, columns, subsequent_indent=" " * 12, **whole))
 
 
 def is_even(text):
     """Whether each letter takes a column, from left to right."""
     for letter in text:
-        if unicodedata.east_asian_width(letter) in "FW":
-            return False
-        if unicodedata.bidirectional(letter) in ["R", "AL", "NSM"]:
+        turned = unicodedata.bidirectional(letter) in ["R", "AL", "NSM"]
+        if turned or unicodedata.east_asian_width(letter) in "FW":
             return False
     return True
 
@@ -1309,22 +1147,18 @@ def print_pairs(pairs):
         elif columns >= 60:
             width = (columns - 3) // 2
 
-        blocks = []
+        blocks = [wrap(f"[{number}/{len(pairs)}] {pair['prompt']}", whole)]
         for side, title in SIDES.items():
             if not pair[f"{side}_stopped"]:
                 title += " (cut)"
             blocks.append([title, "-" * width, *wrap(pair[side] or "(no text)", width)])
         if width < whole:
-            both = []
-            for left, right in itertools.zip_longest(*blocks, fillvalue=""):
-                both.append(f"{left:{width}} | {right}".rstrip())
-            blocks = [both]
+            lines = itertools.zip_longest(blocks.pop(1), blocks.pop(1), fillvalue="")
+            blocks.append([f"{left:{width}} | {right}".rstrip() for left, right in lines])
         if reference:
             blocks.append(["right answer", "-" * whole, *wrap(reference, whole)])
-        blocks.insert(0, wrap(f"[{number}/{len(pairs)}] {pair['prompt']}", whole))
         for block in blocks:
             print(*block, "", sep="\n")
-        print()
 
 
 def surroundings():
@@ -1347,61 +1181,78 @@ def main(argv=None):
         transformers.logging.disable_progress_bar()
 
     folder = Path(args.adapter)
-    output = Path(args.output)
     adapter = read_adapter(folder)
-    training = read_training(folder)
-    settings = settle(args, adapter.get("base_model_name_or_path"), training["arguments"])
-    asked = read_prompts(args.prompts)
-    groups = {}
-    if args.val_data:
-        groups["val data"] = read_jsonl(args.val_data)
-        seen = count_seen(groups["val data"], args.val_data, training["data"], folder)
-        asked = groups["val data"][: args.val_prompts] + asked
-    groups["elsewhere"] = [to_record({"instruction": q, "output": a}) for q, a in EVERYDAY]
-    check_output(output, folder, args.prompts, args.val_data)
+    training = {}
+    if (folder / "training_config.json").exists():
+        training = read_json(folder / "training_config.json", dict, "restore it, or remove it")
+    settings = settle(args, adapter, training)
 
-    settings["model"] = find_model(settings["model"], folder)
-    source = settings["model"]
+    asked = read_prompts(args.prompts)
+    read = [*folder.glob("*.json"), args.prompts or folder]
+    groups = {}
+    doubts = []
+    seen = {}
+    if args.val_data:
+        records = read_jsonl(args.val_data)
+        asked = records[: args.val_prompts] + asked
+        read.append(args.val_data)
+        seen, doubts = count_seen(records, args.val_data, training.get("data"))
+        groups["val data" if doubts else "held out"] = records
+    groups["elsewhere"] = [to_record({"instruction": q, "output": a}) for q, a in EVERYDAY]
+    output = Path(args.output)
+    check_output(output, read)
+
+    source = settings["model"] = find_model(settings["model"], folder)
     if (folder / "tokenizer_config.json").exists():
         source = folder
     with explained(f"can't load the tokenizer of {source}", MODEL_ADVICE):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     frame = chat_frame(tokenizer)
-    check_frame(frame, training["prompt"], source)
+    check_frame(frame, training.get("prompt", {}), source)
 
     model = load_pair(folder, settings, training)
     base = model.get_base_model()
     context = getattr(base.config.get_text_config(), "max_position_embeddings", 2**20)
     limit = settings["max_seq_length"] or context
-    rows, left_out = encode_rows(groups, tokenizer, frame, limit, args.val_data)
-    prompts = encode_prompts(asked, tokenizer, frame)
-    check_room(base, prompts, rows, context, args)
+    rows = {}
+    left_out = {}
+    for name, records in groups.items():
+        rows[name] = encode_rows(name, records, tokenizer, frame, limit)
+        left_out[name] = len(records) - len(rows[name])
+    prompts = []
+    for record in asked:
+        row = encode({**record, "output": ""}, tokenizer, frame, None)
+        prompts.append(row["input_ids"][: row["prompt_tokens"]])
+    check_room(base, prompts, itertools.chain(*rows.values()), context, args.max_new_tokens)
     tell("model", f"{settings['model']} in {settings['precision']}, with {folder} off and on")
     tell("prompts", f"{len(asked)} <- {args.val_data or 'no rows'}, {args.prompts or 'built in'}")
 
     ends = end_ids(base, tokenizer, frame)
     with explained(f"{args.batch_size} prompts at once", "", torch.OutOfMemoryError):
-        answers, nats, seconds = run_both(model, tokenizer, ends, prompts, rows, args)
-    figures = compare_groups(nats, rows)
+        answers, seconds, figures = run_both(model, tokenizer, ends, prompts, rows, args)
     for each in figures.values():
         if not math.isfinite(each["base"] + each["finetuned"]):
             sys.exit(f"error: {folder}: no finite figures; train with a lower --learning-rate")
 
-    summary = {"verdict": "No verdict without --val-data: read the answers side by side"}
-    if args.val_data:
-        summary = conclude_held_out(figures["val data"], left_out["val data"], seen, limit)
-    summary["elsewhere"] = conclude_elsewhere(figures["elsewhere"])
-    pairs = pair_answers(asked, answers)
+    pairs = []
+    for record, answer in zip(asked, answers, strict=True):
+        question = "\n\n".join(filter(None, [record["instruction"], record["input"]]))
+        pairs.append({"prompt": question, "reference": record["output"], **answer})
+    summary = conclude(figures, left_out, doubts, limit)
+    summary.update(seen)
     summary.update(conclude_answers(pairs, seconds, args.repetition_penalty))
     results = {
         "summary": summary,
         "prompts": pairs,
-        "perplexity": figures.get("val data"),
+        "perplexity": figures.get("val data", figures.get("held out")),
         "general": figures["elsewhere"],
         "settings": {**vars(args), **settings, **surroundings()},
     }
+    bars = {name: draw_bars(group) for name, group in figures.items()}
     train, val = read_log(folder / "training_log.jsonl")
-    write_results(output, results, draw_curve(train, val))
+    page = jinja2.Template(PAGE, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = page.render(results, bars=bars, curve=draw_curve(train, val), sides=SIDES)
+    write_results(output, results, page)
     print_pairs(pairs)
     for name, text in summary.items():
         if isinstance(text, str):
