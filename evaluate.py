@@ -164,6 +164,24 @@ VERDICTS = {
     "unclear": "No clear difference: it may be chance",
     "worse": "Worse: the right answers surprise the model more than before",
 }
+ALLOWED = {  # in adapter_config.json; with others "before" would not be the base, or "after" wrong
+    "peft_type": ["LORA"],
+    "init_lora_weights": [None, True, False, "gaussian", "eva", "orthogonal", "mica"],
+    "bias": [None, "none"],
+    "layer_replication": [None, []],
+    "kasa_config": [None],
+    "arrow_config": [None],
+    "alora_invocation_tokens": [None, []],
+}
+FIGURES = (
+    "perplexity {base:.2f} -> {finetuned:.2f} on {rows} rows, {rows_improved} of them better, "
+    "x {ratio:.3f} ({interval})"
+)
+ANSWERS = (
+    "{answers_changed} of {prompts} changed, {base_stopped} -> {finetuned_stopped} stopped by "
+    "themselves, {mean_base_tokens:.0f} -> {mean_finetuned_tokens:.0f} tokens on average, "
+    "{tokens_per_second:,.0f} tokens/s"
+)
 SIDES = {"base": "before", "finetuned": "after"}
 MODEL_ADVICE = (
     "pass a 16-bit model: its folder with config.json, tokenizer.json, model.safetensors or, online,"
@@ -248,29 +266,18 @@ def read_json(path, kind, advice):
 
 
 def read_adapter(folder):
-    """adapter_config.json, of an adapter without which the model is its base again."""
+    """What adapter_config.json holds, of an adapter without which the model is its base again."""
     advice = "--adapter takes the folder that lora_finetune.py wrote"
     if not folder.is_dir():
         sys.exit(f"error: no folder {folder}; {advice}")
     config = read_json(folder / "adapter_config.json", dict, advice)
     if not (folder / "adapter_model.safetensors").is_file():
         sys.exit(f"error: {folder}: no adapter in it, or a pickled one: not opened; {advice}")
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        sys.exit(f"error: {folder}: no LoRA, but {kind}; {advice}")
-
-    found = []
-    start = config.get("init_lora_weights")
-    if start not in [None, True, False, "gaussian", "eva", "orthogonal", "mica"]:
-        found.append(f"init_lora_weights={start}")  # PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA
-    if config.get("bias", "none") != "none":
-        found.append("bias")
-    for key in ["layer_replication", "kasa_config", "arrow_config", "alora_invocation_tokens"]:
-        if config.get(key):
-            found.append(key)
-    if found:
-        what = f"{' and '.join(found)}: with this adapter off, the model is not its base again"
-        sys.exit(f"error: {folder}: {what}; train a plain LoRA")
+    for key, values in ALLOWED.items():
+        value = config.get(key)
+        if value not in values:
+            what = f"no plain LoRA, by its {key} {value}: it can't be compared with its base"
+            sys.exit(f"error: {folder}: {what}; {advice}")
     return config
 
 
@@ -306,10 +313,9 @@ def find_model(name, beside=None):
 
 def check_output(output, taken):
     """Refuse, before the work, an output that can't be written or would overwrite what is read."""
-    taken = [Path(path).resolve() for path in taken]
-    for path in [output, output.with_suffix(".html")]:
-        if output.suffix != ".json" or path.is_dir() or path.resolve() in taken:
-            sys.exit(f"error: {path} is read here, or not for writing; --output takes a new .json")
+    is_taken = output.resolve() in [Path(path).resolve() for path in taken]
+    if output.suffix != ".json" or output.is_dir() or is_taken:
+        sys.exit(f"error: {output} is read here, or not for writing; --output takes a new .json")
     nearest = next(path for path in output.absolute().parents if path.exists())
     with explained(f"can't write to {nearest}", "choose another --output", OSError):
         tempfile.TemporaryFile(dir=nearest).close()
@@ -368,45 +374,44 @@ def read_prompts(path):
 
 def folded(record):
     """A record's question and answer, for comparing: case and blanks do not count."""
+    question = record["instruction"] + " " + record["input"]
     pair = []
-    for text in [record["instruction"] + " " + record["input"], record["output"]]:
+    for text in [question, record["output"]]:
         text = unicodedata.normalize("NFKC", text).casefold()
         pair.append(" ".join(text.split()))
     return tuple(pair)
 
 
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def count_seen(records, path, data):
-    """What training saw of the records, for the summary, and why they are not held out: a list.
+    """What training saw of the records, in numbers, and why they are not held out, or "".
 
-    data tells the file that was trained on: {"path", "sha256"}; another tool does not.
+    data tells the file that was trained on, {"path", "sha256"}; another tool does not.
     """
     seen = {"rows_seen": None, "questions_seen": None}
     if not data:
-        return seen, []
-    trained = Path(data["path"])
-    if sha256(path) == data["sha256"]:
-        trained = path
-    elif not trained.is_file():
-        seen["seen"] = f"whether training saw these rows can't be told: {trained} is not here"
-        return seen, []
-    elif sha256(trained) != data["sha256"]:
-        return seen, [f"training may have seen these rows, {trained} was changed since"]
+        return seen, ""
+    trained = []
+    for file in [Path(path), Path(data["path"])]:
+        if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == data["sha256"]:
+            trained = read_jsonl(file)
+    if not trained:
+        return seen, f"training may have seen these rows: {data['path']} is gone or was changed"
 
-    rows = {folded(record) for record in read_jsonl(trained)}
+    rows = {folded(record) for record in trained}
     questions = {question for question, _ in rows}
-    doubts = []
-    keys = [folded(record) for record in records]
-    seen["rows_seen"] = sum(key in rows for key in keys)
-    if seen["rows_seen"]:
-        doubts.append(f"{seen['rows_seen']} of {len(keys)} rows were trained on")
-    seen["questions_seen"] = sum(key[0] in questions for key in keys) - seen["rows_seen"]
-    if seen["questions_seen"]:
-        doubts.append(f"{seen['questions_seen']} of {len(keys)} ask what training asked")
-    return seen, doubts
+    seen = {"rows_seen": 0, "questions_seen": 0}
+    for record in records:
+        row = folded(record)
+        if row in rows:
+            seen["rows_seen"] += 1
+        elif row[0] in questions:
+            seen["questions_seen"] += 1
+    doubt = (
+        "{rows_seen} of {rows} rows were trained on, {questions_seen} more ask what training asked"
+    )
+    if not any(seen.values()):
+        doubt = ""
+    return seen, doubt.format(rows=len(records), **seen)
 
 
 # The same in lora_finetune.py, letter for letter.
@@ -620,7 +625,7 @@ def load_pair(folder, settings, training):
     return model.eval()
 
 
-def encode_rows(name, records, tokenizer, frame, limit):
+def encode_rows(records, tokenizer, frame, limit, path):
     """Rows whose answer has room within `limit` tokens, longest first."""
     rows = []
     for record in records:
@@ -628,8 +633,17 @@ def encode_rows(name, records, tokenizer, frame, limit):
         if row["targets"] > 0:
             rows.append(row)
     if not rows:
-        sys.exit(f"error: {name}: no answer within {limit} tokens; take shorter rows")
+        sys.exit(f"error: {path}: no answer within {limit} tokens; take shorter rows")
     return sorted(rows, key=lambda row: -len(row["input_ids"]))
+
+
+def encode_prompts(asked, tokenizer, frame):
+    """Token ids of each question, as in training."""
+    prompts = []
+    for record in asked:
+        row = encode({**record, "output": ""}, tokenizer, frame, None)
+        prompts.append(row["input_ids"][: row["prompt_tokens"]])
+    return prompts
 
 
 def check_room(base, prompts, rows, context, max_new_tokens):
@@ -638,10 +652,11 @@ def check_room(base, prompts, rows, context, max_new_tokens):
     if longest + max_new_tokens > context:
         room = f"of {longest:,} tokens and its answer are beyond the model's {context:,}"
         sys.exit(f"error: a question {room}; shorten it or --max-new-tokens")
-    known = len(base.get_input_embeddings().weight)
-    texts = [*prompts, *(row["input_ids"] for row in rows)]
-    if max(map(max, texts)) >= known:
-        lack = f"the tokenizer has tokens beyond the model's {known:,}"
+    largest = max(map(max, prompts))
+    for row in rows:
+        largest = max(largest, *row["input_ids"])
+    if largest >= len(base.get_input_embeddings().weight):
+        lack = "the tokenizer has tokens that the model lacks"
         sys.exit(f"error: {lack}; pass the --model that the adapter was trained on")
 
 
@@ -650,24 +665,19 @@ def generate(model, tokenizer, prompts, ends, size, side):
     answers = []
     starts = range(0, len(prompts), size)
     for start in tqdm(starts, f"answers, {SIDES[side]}", disable=HIDE_BARS, leave=False):
-        part = prompts[start : start + size]
-        width = max(map(len, part))
-        ids = []
-        mask = []
-        for prompt in part:
-            missing = width - len(prompt)
-            ids.append(prompt[:1] * missing + prompt)  # a new token would come under the penalty
-            mask.append([0] * missing + [1] * len(prompt))
-        ids = torch.tensor(ids, device=model.device)
-        mask = torch.tensor(mask, device=model.device)
-        output = model.generate(input_ids=ids, attention_mask=mask)
+        part = [torch.tensor(prompt) for prompt in prompts[start : start + size]]
+        ids = pad_sequence(part, batch_first=True, padding_value=-1, padding_side="left")
+        ids = ids.to(model.device)
+        mask = ids >= 0
+        ids = torch.where(mask, ids, ids[:, -1:])  # padded with what a penalty heeds anyway
+        output = model.generate(input_ids=ids, attention_mask=mask.long())
 
-        for new in output[:, width:].tolist():
-            found = [i for i, id in enumerate(new) if id in ends]
-            end = found[0] if found else len(new)
-            text = tokenizer.decode(new[:end], skip_special_tokens=True)
-            answer = {side: text.strip(), f"{side}_stopped": bool(found)}
-            answer[f"{side}_tokens"] = len(new[: end + 1])
+        for new in output[:, ids.shape[1] :].tolist():
+            kept = list(itertools.takewhile(lambda id: id not in ends, new))
+            stopped = len(kept) < len(new)
+            answer = {side: tokenizer.decode(kept, skip_special_tokens=True).strip()}
+            answer[f"{side}_stopped"] = stopped
+            answer[f"{side}_tokens"] = len(kept) + stopped
             answers.append(answer)
     return answers
 
@@ -760,8 +770,8 @@ def compare(base, finetuned, tokens):
     }
 
 
-def run_both(model, tokenizer, ends, prompts, rows, args):
-    """With the adapter off and on: answers to each prompt, seconds, and figures of each group."""
+def run_both(model, tokenizer, ends, asked, prompts, rows, args):
+    """With the adapter off and on: pairs of answers, their seconds, and figures of each group."""
     base = model.get_base_model()
     nll_of = partial(response_nll, base, find_head(base), tokenizer.eos_token_id or 0)
     base.generation_config = GenerationConfig(  # greedy; what the base's own asks for is left out
@@ -775,16 +785,19 @@ def run_both(model, tokenizer, ends, prompts, rows, args):
     autocast = torch.autocast(base.device.type, dtype, enabled=dtype != torch.float32)
     switches = {"base": model.disable_adapter(), "finetuned": contextlib.nullcontext()}
 
-    answers = [{} for _ in prompts]
+    pairs = []
+    for record in asked:
+        question = "\n\n".join(filter(None, [record["instruction"], record["input"]]))
+        pairs.append({"prompt": question, "reference": record["output"]})
     seconds = 0.0
     nats = {}
     for side, switch in switches.items():
         with torch.inference_mode(), autocast, switch:
             began = time.monotonic()
-            new = generate(base, tokenizer, prompts, ends, args.batch_size, side)
+            answers = generate(base, tokenizer, prompts, ends, args.batch_size, side)
             seconds += time.monotonic() - began
-            for answer, one in zip(answers, new, strict=True):
-                answer.update(one)
+            for pair, answer in zip(pairs, answers, strict=True):
+                pair.update(answer)
             for name, group in rows.items():
                 title = f"{name}, {SIDES[side]}"
                 nats[name, side] = measure(nll_of, group, args.batch_size, title)
@@ -793,7 +806,7 @@ def run_both(model, tokenizer, ends, prompts, rows, args):
     for name, group in rows.items():
         tokens = np.array([row["targets"] for row in group])
         figures[name] = compare(nats[name, "base"], nats[name, "finetuned"], tokens)
-    return answers, seconds, figures
+    return pairs, seconds, figures
 
 
 def judge(figures):
@@ -811,18 +824,14 @@ def quote(figures):
     interval = "no interval"
     if figures["ratio_ci95"]:
         low, high = figures["ratio_ci95"]
-        interval = f"95% interval {low:.3f} to {high:.3f}"
-        if high > 1000:
-            interval = f"95% interval from {low:.3f} on"
-    told = "perplexity {base:.2f} -> {finetuned:.2f} on {rows} rows, {rows_improved} of them better"
-    return told.format(**figures) + f", x {figures['ratio']:.3f} ({interval})"
+        interval = f"95% interval {low:.3f} to {min(high, 999):.3f}"
+    return FIGURES.format(interval=interval, **figures)
 
 
 def conclude_answers(pairs, seconds, penalty):
     """How many answers changed and stopped, and how long they are: in a sentence and in numbers."""
-    numbers = {"prompts": len(pairs), "answers_changed": 0}
-    for pair in pairs:
-        numbers["answers_changed"] += pair["base"] != pair["finetuned"]
+    changed = sum(pair["base"] != pair["finetuned"] for pair in pairs)
+    numbers = {"prompts": len(pairs), "answers_changed": changed}
     tokens = 0
     for side in SIDES:
         written = sum(pair[f"{side}_tokens"] for pair in pairs)
@@ -831,74 +840,55 @@ def conclude_answers(pairs, seconds, penalty):
         tokens += written
     numbers["tokens_per_second"] = tokens / seconds
 
-    told = (
-        "{answers_changed} of {prompts} changed, {base_stopped} -> {finetuned_stopped} stopped by "
-        "themselves, {mean_base_tokens:.0f} -> {mean_finetuned_tokens:.0f} tokens on average, "
-        "{tokens_per_second:,.0f} tokens/s"
-    )
-    summary = {"answers": told.format(**numbers)}
+    summary = {"answers": ANSWERS.format(**numbers)}
     if penalty != 1:
         summary["answers"] += f", repetition penalty {penalty:g}"
-    if not numbers["answers_changed"]:
+    if not changed:
         summary["WARNING"] = "no answer changed, the adapter has no effect. Was it trained enough?"
     return {**summary, **numbers}
 
 
-def conclude(figures, left_out, doubts, limit):
-    """What the figures say: in sentences."""
+def conclude(figures, left_out, doubt, limit):
+    """What the figures say, in sentences."""
+    everyday = figures["elsewhere"]
+    damage = "no damage seen"
+    if judge(everyday) == "worse":
+        damage = "it got worse at other things"
     summary = {"verdict": "No verdict without --val-data: read the answers side by side"}
-    for name, group in figures.items():
-        verdict = judge(group)
-        summary[name] = quote(group)
-        if name == "elsewhere":
-            harm = "it got worse at other things" if verdict == "worse" else "no damage seen"
-            summary[name] += f": {harm}"
-        elif doubts:
-            summary["verdict"] = f"No verdict: {' and '.join(doubts)}"
-        else:
-            summary["verdict"] = VERDICTS[verdict]
-        if left_out[name]:
-            rows = left_out[name] + group["rows"]
-            why = f"no room for an answer within {limit} tokens"
-            summary[name] += f"; {left_out[name]} of {rows} rows left out: {why}"
+    if "val data" in figures:
+        summary["verdict"] = VERDICTS[judge(figures["val data"])]
+        summary["val data"] = quote(figures["val data"])
+    if doubt:
+        summary["verdict"] = f"No verdict: {doubt}"
+    if left_out:
+        room = f"no room for an answer within {limit} tokens"
+        summary["val data"] += f"; {left_out} left out: {room}"
+    summary["elsewhere"] = f"{quote(everyday)}: {damage}"
     return summary
 
 
 def read_log(path):
     """Points (step, loss) of a training log: those of training, those of validation."""
     points = {"loss": [], "eval_loss": []}
-    kinds = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
-    with contextlib.suppress(*kinds):  # there is no log, or another tool's
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError, ArithmeticError):
         for line in path.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             for name in points:
                 if name in entry:
                     points[name].append((int(entry["step"]), float(entry[name])))
-    return points.values()
+    return points.values()  # both empty where there is no log, or another tool's
 
 
 def draw_curve(train, val):
-    """The loss curve: its points (x, y) in percent of its width and height."""
-    if not train:
-        return None
-    losses = np.array(train)[:, 1]
+    """What the page draws of the losses: points (step, loss)."""
+    losses = np.array([loss for _, loss in train])
     width = len(train) // 10 + 1
     mean = []
     for end, (step, _) in enumerate(train, 1):
-        mean.append((step, losses[max(0, end - width) : end].mean()))
-
-    last, high = np.max(train + val, axis=0).tolist()
-    low = np.min(train + val, axis=0)[1].item()
-    every = len(train) // 1000 + 1  # not all: a page stays small
-    curve = {"width": width, "low": low, "high": high, "last": last, "val": val}
-    for name, points in {"train": train[::-every], "mean": mean[::-every], "dots": val}.items():
-        places = []
-        for step, loss in points:
-            x = 100 * step / (last or 1)
-            y = 100 * (high - loss) / (high - low or 1)
-            places.append((round(x, 2), round(y, 2)))
-        curve[name] = places
-    return curve
+        window = losses[max(0, end - width) : end]
+        mean.append((step, window.mean()))
+    every = len(train) // 1000 + 1  # not all: a page stays small; backwards: the last one is
+    return {"train": train[::-every], "mean": mean[::-every], "width": width, "val": val}
 
 
 def draw_bars(figures):
@@ -1004,16 +994,18 @@ PAGE = """<!doctype html>
     </section>
   {% endfor %}
   </div>
-  {% if summary.seen %}
-  <p>Careful: {{ summary.seen }}.</p>
-  {% endif %}
   <p class="soft">
     Perplexity: among how many equally likely words the model wavers at each word of the right
     answer, so lower is better. Grey bar: before; blue bar: after; the box around its end: the 95%
     interval of the change.
   </p>
 
-  {% if curve %}
+  {% if curve.train %}
+  {% set points = curve.train + curve.val %}
+  {% set last = points | map(attribute=0) | max %}
+  {% set low = points | map(attribute=1) | min %}
+  {% set high = points | map(attribute=1) | max %}
+  {% set height = high - low or 1 %}
   <h2>Loss while training</h2>
   <p class="soft">
     Nats per token. Pale: training loss of single steps. Strong: its running mean,
@@ -1025,20 +1017,20 @@ PAGE = """<!doctype html>
     {% endif %}
   </p>
   <div class="card chart soft">
-    <span>{{ "%.2f" | format(curve.high) }}</span>
-    <span class="low">{{ "%.2f" | format(curve.low) }}</span>
+    <span>{{ "%.2f" | format(high) }}</span>
+    <span class="low">{{ "%.2f" | format(low) }}</span>
     <div class="plot">
       <svg role="img" aria-label="loss curve">
-        <svg viewBox="0 0 100 100" preserveAspectRatio="none">
-          <path class="single" d="M{% for x, y in curve.train %}{{ x }},{{ y }} {% endfor %}h0"/>
-          <path class="mean" d="M{% for x, y in curve.mean %}{{ x }},{{ y }} {% endfor %}h0"/>
+        <svg viewBox="0 {{ -high }} {{ last }} {{ height }}" preserveAspectRatio="none">
+          <path class="single" d="M{% for step, loss in curve.train %}{{ step }},{{ -loss }} {% endfor %}h0"/>
+          <path class="mean" d="M{% for step, loss in curve.mean %}{{ step }},{{ -loss }} {% endfor %}h0"/>
         </svg>
-        {% for x, y in curve.dots %}
-        <circle cx="{{ x }}%" cy="{{ y }}%" r="6"/>
+        {% for step, loss in curve.val %}
+        <circle cx="{{ 100 * step / last }}%" cy="{{ 100 * (high - loss) / height }}%" r="6"/>
         {% endfor %}
       </svg>
     </div>
-    <div class="steps"><span>step 0</span><span>step {{ curve.last | int }}</span></div>
+    <div class="steps"><span>step 0</span><span>step {{ last }}</span></div>
   </div>
   {% endif %}
 
@@ -1084,8 +1076,13 @@ PAGE = """<!doctype html>
 </html>"""
 
 
-def write_results(output, results, page):
-    """Write the results as strict JSON and, beside it, the page: both, or none."""
+def write_results(output, results, curve):
+    """Write the results as strict JSON and, beside it, as a page: both, or none."""
+    bars = {"elsewhere": draw_bars(results["general"])}
+    if results["perplexity"]:
+        bars["val data"] = draw_bars(results["perplexity"])
+    page = jinja2.Template(PAGE, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = page.render(results, bars=bars, curve=curve, sides=SIDES)
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
     files = {output.with_suffix(".html"): page, output: text}
     with explained(f"can't write {output}", "choose another --output", OSError):
@@ -1119,14 +1116,13 @@ def wrap(text, width):
 def tell(name, text):
     """Print a line of the summary, what does not fit the terminal below its text."""
     columns = max(40, shutil.get_terminal_size().columns)
-    whole = {"break_long_words": False, "break_on_hyphens": False}
-    line = plain(f"{name:12}{text}")
-    print(textwrap.fill(line, columns, subsequent_indent=" " * 12, **whole))
+    lines = textwrap.wrap(plain(text), columns - 12, break_long_words=False)
+    print(f"{name:12}" + f"\n{'':12}".join(lines))
 
 
 def is_even(text):
     """Whether each letter takes a column, from left to right."""
-    for letter in text:
+    for letter in set(text):
         turned = unicodedata.bidirectional(letter) in ["R", "AL", "NSM"]
         if turned or unicodedata.east_asian_width(letter) in "FW":
             return False
@@ -1163,13 +1159,9 @@ def print_pairs(pairs):
 
 def surroundings():
     """What the figures depend on beside the options."""
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    versions = {}
-    for name in ["torch", "transformers", "peft", "bitsandbytes"]:
-        versions[name] = version(name)
-    return {"device": device, "versions": versions}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    names = ["torch", "transformers", "peft", "bitsandbytes"]
+    return {"device": device, "versions": {name: version(name) for name in names}}
 
 
 def main(argv=None):
@@ -1181,26 +1173,22 @@ def main(argv=None):
         transformers.logging.disable_progress_bar()
 
     folder = Path(args.adapter)
+    output = Path(args.output)
     adapter = read_adapter(folder)
     training = {}
     if (folder / "training_config.json").exists():
         training = read_json(folder / "training_config.json", dict, "restore it, or remove it")
     settings = settle(args, adapter, training)
-
     asked = read_prompts(args.prompts)
-    read = [*folder.glob("*.json"), args.prompts or folder]
-    groups = {}
-    doubts = []
+    taken = [*folder.glob("*.json"), args.prompts or folder, args.val_data or folder]
+    check_output(output, taken)
+    records = []
     seen = {}
+    doubt = ""
     if args.val_data:
         records = read_jsonl(args.val_data)
         asked = records[: args.val_prompts] + asked
-        read.append(args.val_data)
-        seen, doubts = count_seen(records, args.val_data, training.get("data"))
-        groups["val data" if doubts else "held out"] = records
-    groups["elsewhere"] = [to_record({"instruction": q, "output": a}) for q, a in EVERYDAY]
-    output = Path(args.output)
-    check_output(output, read)
+        seen, doubt = count_seen(records, args.val_data, training.get("data"))
 
     source = settings["model"] = find_model(settings["model"], folder)
     if (folder / "tokenizer_config.json").exists():
@@ -1209,50 +1197,42 @@ def main(argv=None):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     frame = chat_frame(tokenizer)
     check_frame(frame, training.get("prompt", {}), source)
-
     model = load_pair(folder, settings, training)
     base = model.get_base_model()
+
     context = getattr(base.config.get_text_config(), "max_position_embeddings", 2**20)
     limit = settings["max_seq_length"] or context
-    rows = {}
-    left_out = {}
-    for name, records in groups.items():
-        rows[name] = encode_rows(name, records, tokenizer, frame, limit)
-        left_out[name] = len(records) - len(rows[name])
-    prompts = []
-    for record in asked:
-        row = encode({**record, "output": ""}, tokenizer, frame, None)
-        prompts.append(row["input_ids"][: row["prompt_tokens"]])
+    everyday = [to_record({"instruction": q, "output": a}) for q, a in EVERYDAY]
+    rows = {"elsewhere": encode_rows(everyday, tokenizer, frame, limit, "built in")}
+    if records:
+        rows["val data"] = encode_rows(records, tokenizer, frame, limit, args.val_data)
+        seen["rows_left_out"] = len(records) - len(rows["val data"])
+    prompts = encode_prompts(asked, tokenizer, frame)
     check_room(base, prompts, itertools.chain(*rows.values()), context, args.max_new_tokens)
     tell("model", f"{settings['model']} in {settings['precision']}, with {folder} off and on")
     tell("prompts", f"{len(asked)} <- {args.val_data or 'no rows'}, {args.prompts or 'built in'}")
 
     ends = end_ids(base, tokenizer, frame)
     with explained(f"{args.batch_size} prompts at once", "", torch.OutOfMemoryError):
-        answers, seconds, figures = run_both(model, tokenizer, ends, prompts, rows, args)
+        pairs, seconds, figures = run_both(model, tokenizer, ends, asked, prompts, rows, args)
     for each in figures.values():
         if not math.isfinite(each["base"] + each["finetuned"]):
             sys.exit(f"error: {folder}: no finite figures; train with a lower --learning-rate")
 
-    pairs = []
-    for record, answer in zip(asked, answers, strict=True):
-        question = "\n\n".join(filter(None, [record["instruction"], record["input"]]))
-        pairs.append({"prompt": question, "reference": record["output"], **answer})
-    summary = conclude(figures, left_out, doubts, limit)
-    summary.update(seen)
-    summary.update(conclude_answers(pairs, seconds, args.repetition_penalty))
+    summary = {
+        **conclude(figures, seen.get("rows_left_out"), doubt, limit),
+        **conclude_answers(pairs, seconds, args.repetition_penalty),
+        **seen,
+    }
     results = {
         "summary": summary,
         "prompts": pairs,
-        "perplexity": figures.get("val data", figures.get("held out")),
+        "perplexity": figures.get("val data"),
         "general": figures["elsewhere"],
         "settings": {**vars(args), **settings, **surroundings()},
     }
-    bars = {name: draw_bars(group) for name, group in figures.items()}
     train, val = read_log(folder / "training_log.jsonl")
-    page = jinja2.Template(PAGE, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = page.render(results, bars=bars, curve=draw_curve(train, val), sides=SIDES)
-    write_results(output, results, page)
+    write_results(output, results, draw_curve(train, val))
     print_pairs(pairs)
     for name, text in summary.items():
         if isinstance(text, str):
