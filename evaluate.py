@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -33,6 +34,7 @@ logging.getLogger("bitsandbytes").setLevel("ERROR")  # on import it asks for wha
 
 import jinja2
 import numpy as np
+import pandas as pd
 import peft
 import scipy.stats
 import torch
@@ -182,6 +184,9 @@ ANSWERS = (
     "themselves, {mean_base_tokens:.0f} -> {mean_finetuned_tokens:.0f} tokens on average, "
     "{tokens_per_second:,.0f} tokens/s"
 )
+WIDE = (  # letters that take two columns of a terminal or none, or run from right to left
+    "[\u0300-\u036f\u0590-\u1fff\u2300-\u23ff\u2600-\u27bf\u2b00-\U0010ffff]"
+)
 SIDES = {"base": "before", "finetuned": "after"}
 MODEL_ADVICE = (
     "pass a 16-bit model: its folder with config.json, tokenizer.json, model.safetensors or, online,"
@@ -282,13 +287,14 @@ def read_adapter(folder):
 
 
 def settle(args, adapter, training):
-    """What to load: as it was trained, where no option is given."""
-    settings = {"model": None, "precision": "fp16", "load_in_4bit": True, "max_seq_length": None}
-    base = {"model": adapter.get("base_model_name_or_path")}  # wins: people edit it there
-    for source in [training.get("arguments", {}), base, vars(args)]:
-        for key in settings:
-            if source.get(key) is not None:
-                settings[key] = source[key]
+    """The options, as the adapter was trained where they are None."""
+    trained = {"precision": "fp16", "load_in_4bit": True, "max_seq_length": None}
+    trained.update(training.get("arguments", {}))
+    trained["model"] = adapter.get("base_model_name_or_path")  # wins: people edit it there
+    settings = vars(args) | {"max_seq_length": None}
+    for key in ["model", "precision", "load_in_4bit", "max_seq_length"]:
+        if settings[key] is None:
+            settings[key] = trained[key]
     if not isinstance(settings["model"], str):
         sys.exit("error: the adapter does not say its base; pass what it was trained on: --model")
     if settings["precision"] == "fp16" and not torch.cuda.is_available():
@@ -296,13 +302,13 @@ def settle(args, adapter, training):
     return settings
 
 
-def find_model(name, beside=None):
+def find_model(name, beside):
     """The folder that a name stands for, here or seen from the folder `beside`, or a Hub name."""
     path = Path(name).expanduser()
-    for place in [path, Path(beside or ".", path)]:
+    for place in [path, beside / path]:
         if place.is_dir():
             return str(place)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+    if re.search(r"^[./~]|/.*/|\\", name):  # no Hub name
         sys.exit(
             f"error: no folder {name}; pass the model that the adapter was trained on: --model"
         )
@@ -311,12 +317,14 @@ def find_model(name, beside=None):
     return name
 
 
-def check_output(output, taken):
+def check_output(output, read):
     """Refuse, before the work, an output that can't be written or would overwrite what is read."""
-    is_taken = output.resolve() in [Path(path).resolve() for path in taken]
-    if output.suffix != ".json" or output.is_dir() or is_taken:
+    taken = [os.path.realpath(path) for path in read if path]
+    if output.suffix != ".json" or output.is_dir() or os.path.realpath(output) in taken:
         sys.exit(f"error: {output} is read here, or not for writing; --output takes a new .json")
-    nearest = next(path for path in output.absolute().parents if path.exists())
+    nearest = output.absolute().parent
+    while not nearest.exists():
+        nearest = nearest.parent
     with explained(f"can't write to {nearest}", "choose another --output", OSError):
         tempfile.TemporaryFile(dir=nearest).close()
 
@@ -387,31 +395,29 @@ def count_seen(records, path, data):
 
     data tells the file that was trained on, {"path", "sha256"}; another tool does not.
     """
-    seen = {"rows_seen": None, "questions_seen": None}
-    if not data:
-        return seen, ""
+    if not records or not data:
+        return {}, ""
     trained = []
     for file in [Path(path), Path(data["path"])]:
         if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == data["sha256"]:
             trained = read_jsonl(file)
     if not trained:
-        return seen, f"training may have seen these rows: {data['path']} is gone or was changed"
+        return {}, f"training may have seen these rows: {data['path']} is gone or was changed"
 
-    rows = {folded(record) for record in trained}
-    questions = {question for question, _ in rows}
-    seen = {"rows_seen": 0, "questions_seen": 0}
+    known = {folded(record) for record in trained}
+    questions = {question for question, _ in known}
+    rows_seen = 0
+    questions_seen = 0
     for record in records:
         row = folded(record)
-        if row in rows:
-            seen["rows_seen"] += 1
-        elif row[0] in questions:
-            seen["questions_seen"] += 1
-    doubt = (
-        "{rows_seen} of {rows} rows were trained on, {questions_seen} more ask what training asked"
-    )
-    if not any(seen.values()):
-        doubt = ""
-    return seen, doubt.format(rows=len(records), **seen)
+        rows_seen += row in known
+        questions_seen += row[0] in questions and row not in known
+    doubt = ""
+    if rows_seen or questions_seen:
+        doubt = f"{rows_seen} of {len(records)} rows were trained on"
+    if questions_seen:
+        doubt += f", {questions_seen} more ask what training asked"
+    return {"rows_seen": rows_seen, "questions_seen": questions_seen}, doubt
 
 
 # The same in lora_finetune.py, letter for letter.
@@ -461,8 +467,7 @@ def chat_frame(tokenizer):
 
 def check_frame(frame, trained, source):
     """Refuse another prompt than training used: it would measure what was never learned."""
-    for part in ["head", "tail", "blank", "end"]:
-        now = getattr(frame, part)
+    for part, now in frame._asdict().items():
         then = trained.get(part, now)
         if now != then:
             same = len(os.path.commonprefix([now, then]))
@@ -606,13 +611,10 @@ def load_pair(folder, settings, training):
     device = 0 if torch.cuda.is_available() else "cpu"
     base = load_base(name, device, settings["precision"], settings["load_in_4bit"])
     mend(base)
-    tolerance = 1e-5
-    if settings["precision"] != training.get("arguments", {}).get("precision"):
-        tolerance = 1e-3  # numbers rounded otherwise
-
     with explained(f"adapter {folder} does not fit {name}", "pass the --model it was trained on"):
         norm = base.get_input_embeddings().weight[::100].double().norm().item()
-        if not math.isclose(norm, training.get("embedding_norm", norm), rel_tol=tolerance):
+        trained = training.get("embedding_norm", norm)
+        if not math.isclose(norm, trained, rel_tol=1e-3):  # in bf16 a little else than in fp32
             raise ValueError("the base has other token embeddings")
         saved = load_file(folder / "adapter_model.safetensors")
         for key in saved:
@@ -637,25 +639,14 @@ def encode_rows(records, tokenizer, frame, limit, path):
     return sorted(rows, key=lambda row: -len(row["input_ids"]))
 
 
-def encode_prompts(asked, tokenizer, frame):
-    """Token ids of each question, as in training."""
-    prompts = []
-    for record in asked:
-        row = encode({**record, "output": ""}, tokenizer, frame, None)
-        prompts.append(row["input_ids"][: row["prompt_tokens"]])
-    return prompts
-
-
 def check_room(base, prompts, rows, context, max_new_tokens):
     """Refuse what the model can't read: longer texts, or tokens that it lacks."""
     longest = max(map(len, prompts))
     if longest + max_new_tokens > context:
         room = f"of {longest:,} tokens and its answer are beyond the model's {context:,}"
         sys.exit(f"error: a question {room}; shorten it or --max-new-tokens")
-    largest = max(map(max, prompts))
-    for row in rows:
-        largest = max(largest, *row["input_ids"])
-    if largest >= len(base.get_input_embeddings().weight):
+    texts = [*prompts, *(row["input_ids"] for row in rows)]
+    if max(map(max, texts)) >= len(base.get_input_embeddings().weight):
         lack = "the tokenizer has tokens that the model lacks"
         sys.exit(f"error: {lack}; pass the --model that the adapter was trained on")
 
@@ -675,10 +666,9 @@ def generate(model, tokenizer, prompts, ends, size, side):
         for new in output[:, ids.shape[1] :].tolist():
             kept = list(itertools.takewhile(lambda id: id not in ends, new))
             stopped = len(kept) < len(new)
-            answer = {side: tokenizer.decode(kept, skip_special_tokens=True).strip()}
-            answer[f"{side}_stopped"] = stopped
-            answer[f"{side}_tokens"] = len(kept) + stopped
-            answers.append(answer)
+            text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+            tokens = len(kept) + stopped
+            answers.append({side: text, f"{side}_stopped": stopped, f"{side}_tokens": tokens})
     return answers
 
 
@@ -728,15 +718,18 @@ def micro_batches(rows, room):
         rows = rows[size:]
 
 
-def measure(nll_of, rows, size, title):
-    """The NLL in nats of each row's answer."""
+def measure(nll_of, rows, size):
+    """The NLL in nats of each row's answer, all its tokens together."""
     room = size * len(rows[0]["input_ids"]) // 2  # half as many as prompts: all tokens at once
+    parts = list(micro_batches(rows, room))
     nats = []
-    for part in tqdm(list(micro_batches(rows, room)), title, disable=HIDE_BARS, leave=False):
+    for part in tqdm(parts, "perplexity", disable=HIDE_BARS, leave=False):
         nats.append(nll_of(part))
     nats = torch.cat(nats).double().cpu()
-    nats = nats.split([row["targets"] for row in rows])
-    return np.array([row.sum().item() for row in nats])
+
+    targets = [row["targets"] for row in rows]
+    sums = [of_row.sum().item() for of_row in nats.split(targets)]
+    return np.array(sums)
 
 
 def perplexity(nll, tokens, axis=-1):
@@ -787,7 +780,7 @@ def run_both(model, tokenizer, ends, asked, prompts, rows, args):
 
     pairs = []
     for record in asked:
-        question = "\n\n".join(filter(None, [record["instruction"], record["input"]]))
+        question = f"{record['instruction']}\n\n{record['input']}".strip()
         pairs.append({"prompt": question, "reference": record["output"]})
     seconds = 0.0
     nats = {}
@@ -799,8 +792,7 @@ def run_both(model, tokenizer, ends, asked, prompts, rows, args):
             for pair, answer in zip(pairs, answers, strict=True):
                 pair.update(answer)
             for name, group in rows.items():
-                title = f"{name}, {SIDES[side]}"
-                nats[name, side] = measure(nll_of, group, args.batch_size, title)
+                nats[name, side] = measure(nll_of, group, args.batch_size)
 
     figures = {}
     for name, group in rows.items():
@@ -821,10 +813,10 @@ def judge(figures):
 
 def quote(figures):
     """The figures of a group in words."""
-    interval = "no interval"
-    if figures["ratio_ci95"]:
-        low, high = figures["ratio_ci95"]
-        interval = f"95% interval {low:.3f} to {min(high, 999):.3f}"
+    if not figures["ratio_ci95"]:
+        return FIGURES.format(interval="no interval", **figures)
+    low, high = figures["ratio_ci95"]
+    interval = f"95% interval {low:.3f} to {min(high, 999):.3f}"
     return FIGURES.format(interval=interval, **figures)
 
 
@@ -835,72 +827,66 @@ def conclude_answers(pairs, seconds, penalty):
     tokens = 0
     for side in SIDES:
         written = sum(pair[f"{side}_tokens"] for pair in pairs)
-        numbers[f"{side}_stopped"] = sum(pair[f"{side}_stopped"] for pair in pairs)
-        numbers[f"mean_{side}_tokens"] = written / len(pairs)
         tokens += written
+        numbers[f"mean_{side}_tokens"] = written / len(pairs)
+        numbers[f"{side}_stopped"] = sum(pair[f"{side}_stopped"] for pair in pairs)
     numbers["tokens_per_second"] = tokens / seconds
 
-    summary = {"answers": ANSWERS.format(**numbers)}
+    numbers["answers"] = ANSWERS.format(**numbers)
     if penalty != 1:
-        summary["answers"] += f", repetition penalty {penalty:g}"
+        numbers["answers"] += f", repetition penalty {penalty:g}"
     if not changed:
-        summary["WARNING"] = "no answer changed, the adapter has no effect. Was it trained enough?"
-    return {**summary, **numbers}
+        numbers["WARNING"] = "no answer changed, the adapter has no effect. Was it trained enough?"
+    return numbers
 
 
-def conclude(figures, left_out, doubt, limit):
+def conclude(figures, records, doubt, limit):
     """What the figures say, in sentences."""
-    everyday = figures["elsewhere"]
-    damage = "no damage seen"
-    if judge(everyday) == "worse":
-        damage = "it got worse at other things"
     summary = {"verdict": "No verdict without --val-data: read the answers side by side"}
-    if "val data" in figures:
-        summary["verdict"] = VERDICTS[judge(figures["val data"])]
-        summary["val data"] = quote(figures["val data"])
-    if doubt:
-        summary["verdict"] = f"No verdict: {doubt}"
-    if left_out:
-        room = f"no room for an answer within {limit} tokens"
-        summary["val data"] += f"; {left_out} left out: {room}"
-    summary["elsewhere"] = f"{quote(everyday)}: {damage}"
+    if records:
+        held_out = figures["val data"]
+        summary["verdict"] = VERDICTS[judge(held_out)]
+        if doubt:
+            summary["verdict"] = f"No verdict: {doubt}"
+        summary["val data"] = quote(held_out)
+        left_out = len(records) - held_out["rows"]
+        if left_out:
+            told = f"{left_out} of {len(records)} rows left out: no room for an answer"
+            summary["val data"] += f"; {told} within {limit} tokens"
+
+    damage = "no damage seen"
+    if judge(figures["elsewhere"]) == "worse":
+        damage = "it got worse at other things"
+    summary["elsewhere"] = f"{quote(figures['elsewhere'])}: {damage}"
     return summary
 
 
 def read_log(path):
-    """Points (step, loss) of a training log: those of training, those of validation."""
-    points = {"loss": [], "eval_loss": []}
-    with contextlib.suppress(OSError, ValueError, TypeError, LookupError, ArithmeticError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            for name in points:
-                if name in entry:
-                    points[name].append((int(entry["step"]), float(entry[name])))
-    return points.values()  # both empty where there is no log, or another tool's
-
-
-def draw_curve(train, val):
-    """What the page draws of the losses: points (step, loss)."""
-    losses = np.array([loss for _, loss in train])
+    """The losses of a training log, each with its step, for the curve; {} where there is none."""
+    try:
+        log = pd.read_json(path, lines=True).astype({"step": int}).set_index("step")
+        log = log.reindex(columns=["loss", "eval_loss"]).astype(float)
+    except Exception:  # or it is another tool's
+        return {}
+    train = log["loss"].dropna()
+    val = log["eval_loss"].dropna()
     width = len(train) // 10 + 1
-    mean = []
-    for end, (step, _) in enumerate(train, 1):
-        window = losses[max(0, end - width) : end]
-        mean.append((step, window.mean()))
-    every = len(train) // 1000 + 1  # not all: a page stays small; backwards: the last one is
-    return {"train": train[::-every], "mean": mean[::-every], "width": width, "val": val}
+    mean = train.rolling(width, min_periods=1).mean()
+    every = len(train) // 1000 + 1  # not all: a page stays small
+    return {
+        "train": list(train[::-every].items()),  # backwards, so that the last one is among them
+        "mean": list(mean[::-every].items()),
+        "val": list(val.items()),
+        "width": width,
+    }
 
 
 def draw_bars(figures):
     """Both perplexities, and the interval of the second one, in percent of the bars' width."""
     scale = 96 / max(1, figures["ratio"])
     low, high = figures["ratio_ci95"] or (0, 0)
-    return {
-        "base": scale,
-        "finetuned": scale * figures["ratio"],
-        "low": scale * low,
-        "high": min(scale * high, 100),
-    }
+    after = scale * figures["ratio"]
+    return {"before": scale, "after": after, "low": scale * low, "high": min(100, scale * high)}
 
 
 PAGE = """<!doctype html>
@@ -985,8 +971,8 @@ PAGE = """<!doctype html>
       <h4>{{ name | capitalize }}</h4>
       <p>{{ told | replace("->", "→") }}</p>
       <div class="bars" role="img" aria-label="both perplexities as bars">
-        <div class="bar before" style="width: {{ bar.base }}%"></div>
-        <div class="bar after" style="width: {{ bar.finetuned }}%"></div>
+        <div class="bar before" style="width: {{ bar.before }}%"></div>
+        <div class="bar after" style="width: {{ bar.after }}%"></div>
         {% if bar.high %}
         <div class="box" style="left: {{ bar.low }}%; right: {{ 100 - bar.high }}%"></div>
         {% endif %}
@@ -1076,15 +1062,14 @@ PAGE = """<!doctype html>
 </html>"""
 
 
-def write_results(output, results, curve):
+def write_results(output, results, figures, curve):
     """Write the results as strict JSON and, beside it, as a page: both, or none."""
-    bars = {"elsewhere": draw_bars(results["general"])}
-    if results["perplexity"]:
-        bars["val data"] = draw_bars(results["perplexity"])
+    bars = {name: draw_bars(group) for name, group in figures.items()}
     page = jinja2.Template(PAGE, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = page.render(results, bars=bars, curve=curve, sides=SIDES)
-    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
-    files = {output.with_suffix(".html"): page, output: text}
+    files = {
+        output.with_suffix(".html"): page.render(results, bars=bars, curve=curve, sides=SIDES),
+        output: json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False),
+    }
     with explained(f"can't write {output}", "choose another --output", OSError):
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent) as aside:
@@ -1120,48 +1105,32 @@ def tell(name, text):
     print(f"{name:12}" + f"\n{'':12}".join(lines))
 
 
-def is_even(text):
-    """Whether each letter takes a column, from left to right."""
-    for letter in set(text):
-        turned = unicodedata.bidirectional(letter) in ["R", "AL", "NSM"]
-        if turned or unicodedata.east_asian_width(letter) in "FW":
-            return False
-    return True
-
-
 def print_pairs(pairs):
     """Print each prompt with its two answers in columns that fit the terminal, then the right one.
 
-    They stand one below the other where it is narrow, or where letters are no columns (is_even).
+    They stand one below the other where it is narrow, or where letters are no columns (WIDE).
     """
     columns = max(40, min(shutil.get_terminal_size().columns, 160))
     for number, pair in enumerate(pairs, 1):
-        reference = pair["reference"] or ""
         whole = width = columns
-        if not is_even(pair["prompt"] + pair["base"] + pair["finetuned"] + reference):
-            whole = width = columns // 2  # a letter may take two
+        if re.search(WIDE, str(pair)):
+            whole = width = columns // 2
         elif columns >= 60:
             width = (columns - 3) // 2
 
-        blocks = [wrap(f"[{number}/{len(pairs)}] {pair['prompt']}", whole)]
+        blocks = []
         for side, title in SIDES.items():
             if not pair[f"{side}_stopped"]:
                 title += " (cut)"
             blocks.append([title, "-" * width, *wrap(pair[side] or "(no text)", width)])
         if width < whole:
-            lines = itertools.zip_longest(blocks.pop(1), blocks.pop(1), fillvalue="")
-            blocks.append([f"{left:{width}} | {right}".rstrip() for left, right in lines])
-        if reference:
-            blocks.append(["right answer", "-" * whole, *wrap(reference, whole)])
+            rows = itertools.zip_longest(*blocks, fillvalue="")
+            blocks = [[f"{left:{width}} | {right}".rstrip() for left, right in rows]]
+        if pair["reference"]:
+            blocks.append(["right answer", "-" * whole, *wrap(pair["reference"], whole)])
+        print(*wrap(f"[{number}/{len(pairs)}] {pair['prompt']}", whole), "", sep="\n")
         for block in blocks:
             print(*block, "", sep="\n")
-
-
-def surroundings():
-    """What the figures depend on beside the options."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    names = ["torch", "transformers", "peft", "bitsandbytes"]
-    return {"device": device, "versions": {name: version(name) for name in names}}
 
 
 def main(argv=None):
@@ -1180,15 +1149,12 @@ def main(argv=None):
         training = read_json(folder / "training_config.json", dict, "restore it, or remove it")
     settings = settle(args, adapter, training)
     asked = read_prompts(args.prompts)
-    taken = [*folder.glob("*.json"), args.prompts or folder, args.val_data or folder]
-    check_output(output, taken)
+    check_output(output, [*folder.glob("*.json"), args.prompts, args.val_data])
     records = []
-    seen = {}
-    doubt = ""
     if args.val_data:
         records = read_jsonl(args.val_data)
         asked = records[: args.val_prompts] + asked
-        seen, doubt = count_seen(records, args.val_data, training.get("data"))
+    seen, doubt = count_seen(records, args.val_data, training.get("data"))
 
     source = settings["model"] = find_model(settings["model"], folder)
     if (folder / "tokenizer_config.json").exists():
@@ -1206,8 +1172,10 @@ def main(argv=None):
     rows = {"elsewhere": encode_rows(everyday, tokenizer, frame, limit, "built in")}
     if records:
         rows["val data"] = encode_rows(records, tokenizer, frame, limit, args.val_data)
-        seen["rows_left_out"] = len(records) - len(rows["val data"])
-    prompts = encode_prompts(asked, tokenizer, frame)
+    prompts = []
+    for record in asked:
+        row = encode({**record, "output": ""}, tokenizer, frame, None)
+        prompts.append(row["input_ids"][: row["prompt_tokens"]])
     check_room(base, prompts, itertools.chain(*rows.values()), context, args.max_new_tokens)
     tell("model", f"{settings['model']} in {settings['precision']}, with {folder} off and on")
     tell("prompts", f"{len(asked)} <- {args.val_data or 'no rows'}, {args.prompts or 'built in'}")
@@ -1219,20 +1187,20 @@ def main(argv=None):
         if not math.isfinite(each["base"] + each["finetuned"]):
             sys.exit(f"error: {folder}: no finite figures; train with a lower --learning-rate")
 
-    summary = {
-        **conclude(figures, seen.get("rows_left_out"), doubt, limit),
-        **conclude_answers(pairs, seconds, args.repetition_penalty),
-        **seen,
-    }
+    summary = conclude(figures, records, doubt, limit)
+    summary.update(conclude_answers(pairs, seconds, args.repetition_penalty), **seen)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    libraries = ["torch", "transformers", "peft", "bitsandbytes"]
+    versions = {name: version(name) for name in libraries}
     results = {
         "summary": summary,
         "prompts": pairs,
         "perplexity": figures.get("val data"),
         "general": figures["elsewhere"],
-        "settings": {**vars(args), **settings, **surroundings()},
+        "settings": {**settings, "device": device, "versions": versions},
     }
-    train, val = read_log(folder / "training_log.jsonl")
-    write_results(output, results, draw_curve(train, val))
+    curve = read_log(folder / "training_log.jsonl")
+    write_results(output, results, figures, curve)
     print_pairs(pairs)
     for name, text in summary.items():
         if isinstance(text, str):
