@@ -320,7 +320,8 @@ def find_model(name, beside):
 def check_output(output, read):
     """Refuse, before the work, an output that can't be written or would overwrite what is read."""
     taken = [os.path.realpath(path) for path in read if path]
-    if output.suffix != ".json" or output.is_dir() or os.path.realpath(output) in taken:
+    is_folder = output.is_dir() or output.with_suffix(".html").is_dir()
+    if output.suffix != ".json" or is_folder or os.path.realpath(output) in taken:
         sys.exit(f"error: {output} is read here, or not for writing; --output takes a new .json")
     nearest = output.absolute().parent
     while not nearest.exists():
@@ -413,10 +414,10 @@ def count_seen(records, path, data):
         rows_seen += row in known
         questions_seen += row[0] in questions and row not in known
     doubt = ""
-    if rows_seen or questions_seen:
+    if rows_seen:
         doubt = f"{rows_seen} of {len(records)} rows were trained on"
-    if questions_seen:
-        doubt += f", {questions_seen} more ask what training asked"
+    elif questions_seen:
+        doubt = f"{questions_seen} of {len(records)} rows ask what training asked"
     return {"rows_seen": rows_seen, "questions_seen": questions_seen}, doubt
 
 
@@ -917,10 +918,11 @@ PAGE = """<!doctype html>
   h1 { font-size: 1.7rem; line-height: 1.25; margin: 1rem 0 1.2rem; }
   h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; }
   h3 { font-size: 1rem; margin: 2rem 0 .6rem; white-space: pre-wrap; }
-  h4 { font-size: .85rem; margin: 0; color: var(--soft); }
+  .label { margin: 0; color: var(--soft); font-size: .85rem; }
   p { margin: .5rem 0; }
   pre { margin: .4rem 0 0; font: .85rem/1.5 ui-monospace, monospace; white-space: pre-wrap; }
   .soft { color: var(--soft); font-size: .9rem; }
+  .figure { margin: .2rem 0; font-size: 1.6rem; font-weight: 600; }
   .alarm { color: var(--alarm); }
   .card {
     min-width: 0;
@@ -967,9 +969,10 @@ PAGE = """<!doctype html>
   <div class="pair">
   {% for name, told in summary.items() if bars[name] %}
     {% set bar = bars[name] %}
+    {% set now = {"val data": perplexity, "elsewhere": general}[name] %}
     <section class="card">
-      <h4>{{ name | capitalize }}</h4>
-      <p>{{ told | replace("->", "→") }}</p>
+      <h2 class="label">{{ name | capitalize }}</h2>
+      <p class="figure">{{ "%.2f → %.2f" | format(now.base, now.finetuned) }}</p>
       <div class="bars" role="img" aria-label="both perplexities as bars">
         <div class="bar before" style="width: {{ bar.before }}%"></div>
         <div class="bar after" style="width: {{ bar.after }}%"></div>
@@ -977,6 +980,7 @@ PAGE = """<!doctype html>
         <div class="box" style="left: {{ bar.low }}%; right: {{ 100 - bar.high }}%"></div>
         {% endif %}
       </div>
+      <p class="soft">{{ told | replace("->", "→") | capitalize }}.</p>
     </section>
   {% endfor %}
   </div>
@@ -1030,7 +1034,7 @@ PAGE = """<!doctype html>
   <div class="pair">
     {% for side, title in sides.items() %}
     <div class="card">
-      <h4>
+      <h4 class="label">
         {{ title | capitalize }}
         {% if not each[side + "_stopped"] %}
         <span class="alarm">cut at {{ settings.max_new_tokens }} tokens</span>
@@ -1045,7 +1049,7 @@ PAGE = """<!doctype html>
     {% endfor %}
     {% if each.reference is not none %}
     <div class="card whole">
-      <h4>Right answer</h4>
+      <h4 class="label">Right answer</h4>
       <pre dir="auto">{{ each.reference }}</pre>
     </div>
     {% endif %}
