@@ -281,7 +281,7 @@ def read_adapter(folder):
     for key, values in ALLOWED.items():
         value = config.get(key)
         if value not in values:
-            what = f"no plain LoRA, by its {key} {value}: it can't be compared with its base"
+            what = f"no LoRA that leaves its base as it is, by its {key} {value}"
             sys.exit(f"error: {folder}: {what}; {advice}")
     return config
 
@@ -399,11 +399,13 @@ def count_seen(records, path, data):
     if not records or not data:
         return {}, ""
     trained = []
-    for file in [Path(path), Path(data["path"])]:
+    source = Path(data["path"])
+    beside = Path(path).with_name(source.name)  # where both were moved, with their folder
+    for file in [Path(path), source, beside]:
         if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == data["sha256"]:
             trained = read_jsonl(file)
     if not trained:
-        return {}, f"training may have seen these rows: {data['path']} is gone or was changed"
+        return {}, f"training may have seen these rows: {source} is gone or was changed"
 
     known = {folded(record) for record in trained}
     questions = {question for question, _ in known}
@@ -472,9 +474,10 @@ def check_frame(frame, trained, source):
         then = trained.get(part, now)
         if now != then:
             same = len(os.path.commonprefix([now, then]))
-            what = f"{part} of the prompt is {now[same:][:40]!r}, in training it was"
+            shown = slice(max(0, same - 9), same + 40)
+            what = f"{part} of the prompt is {now[shown]!r}, in training it was {then[shown]!r}"
             advice = "put back the tokenizer and chat_template.jinja that training saved"
-            sys.exit(f"error: {source}: the {what} {then[same:][:40]!r}; {advice}")
+            sys.exit(f"error: {source}: the {what}; {advice}")
 
 
 # The same in lora_finetune.py, letter for letter.
@@ -747,9 +750,13 @@ def compare(base, finetuned, tokens):
     difference = finetuned - base
     interval = None
     if len(tokens) > 1:
-        rng = np.random.default_rng(0)
-        both = (difference, tokens)
-        drawn = scipy.stats.bootstrap(both, perplexity, paired=True, batch=100, rng=rng)
+        drawn = scipy.stats.bootstrap(
+            (difference, tokens),
+            perplexity,
+            paired=True,
+            batch=100,
+            rng=np.random.default_rng(0),
+        )
         ends = [float(end) for end in drawn.confidence_interval]
         if np.isfinite(ends).all():  # not where all rows changed alike
             interval = ends
@@ -865,7 +872,8 @@ def conclude(figures, records, doubt, limit):
 def read_log(path):
     """The losses of a training log, each with its step, for the curve; {} where there is none."""
     try:
-        log = pd.read_json(path, lines=True).astype({"step": int}).set_index("step")
+        log = pd.read_json(path, lines=True)
+        log = log.astype({"step": int}).set_index("step")
         log = log.reindex(columns=["loss", "eval_loss"]).astype(float)
     except Exception:  # or it is another tool's
         return {}
@@ -887,7 +895,12 @@ def draw_bars(figures):
     scale = 96 / max(1, figures["ratio"])
     low, high = figures["ratio_ci95"] or (0, 0)
     after = scale * figures["ratio"]
-    return {"before": scale, "after": after, "low": scale * low, "high": min(100, scale * high)}
+    return {
+        "before": scale,
+        "after": after,
+        "low": scale * low,
+        "high": min(100, scale * high),
+    }
 
 
 PAGE = """<!doctype html>
