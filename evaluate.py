@@ -166,6 +166,11 @@ VERDICTS = {
     "unclear": "No clear difference: it may be chance",
     "worse": "Worse: the right answers surprise the model more than before",
 }
+DAMAGE = {  # to what it knew before
+    "better": "no damage seen",
+    "unclear": "no damage seen",
+    "worse": "it got worse at other things",
+}
 ALLOWED = {  # in adapter_config.json; with others "before" would not be the base, or "after" wrong
     "peft_type": ["LORA"],
     "init_lora_weights": [None, True, False, "gaussian", "eva", "orthogonal", "mica"],
@@ -265,19 +270,18 @@ def read_json(path, kind, advice):
     """The list or dict that a JSON file holds."""
     with explained(path, advice, (OSError, ValueError, RecursionError)):
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        if not isinstance(value, kind):
-            raise ValueError(f"it holds no JSON {kind.__name__}")
+        if not isinstance(value, kind) or not value:
+            raise ValueError(f"it holds no JSON {kind.__name__}, or an empty one")
     return value
 
 
 def read_adapter(folder):
     """What adapter_config.json holds, of an adapter without which the model is its base again."""
     advice = "--adapter takes the folder that lora_finetune.py wrote"
-    if not folder.is_dir():
-        sys.exit(f"error: no folder {folder}; {advice}")
+    for name in ["adapter_config.json", "adapter_model.safetensors"]:  # no pickled one is opened
+        if not (folder / name).is_file():
+            sys.exit(f"error: no folder {folder} with an adapter, {name}, in it; {advice}")
     config = read_json(folder / "adapter_config.json", dict, advice)
-    if not (folder / "adapter_model.safetensors").is_file():
-        sys.exit(f"error: {folder}: no adapter in it, or a pickled one: not opened; {advice}")
     for key, values in ALLOWED.items():
         value = config.get(key)
         if value not in values:
@@ -288,7 +292,11 @@ def read_adapter(folder):
 
 def settle(args, adapter, training):
     """The options, as the adapter was trained where they are None."""
-    trained = {"precision": "fp16", "load_in_4bit": True, "max_seq_length": None}
+    trained = {
+        "precision": "fp16",
+        "load_in_4bit": True,
+        "max_seq_length": None,
+    }
     trained.update(training.get("arguments", {}))
     trained["model"] = adapter.get("base_model_name_or_path")  # wins: people edit it there
     settings = vars(args) | {"max_seq_length": None}
@@ -309,9 +317,7 @@ def find_model(name, beside):
         if place.is_dir():
             return str(place)
     if re.search(r"^[./~]|/.*/|\\", name):  # no Hub name
-        sys.exit(
-            f"error: no folder {name}; pass the model that the adapter was trained on: --model"
-        )
+        sys.exit(f"error: no folder {name}; pass what the adapter was trained on: --model")
     with explained(f"no folder {name}, and no such model of the Hub", MODEL_ADVICE):
         cached_file(name, "config.json")
     return name
@@ -320,8 +326,7 @@ def find_model(name, beside):
 def check_output(output, read):
     """Refuse, before the work, an output that can't be written or would overwrite what is read."""
     taken = [os.path.realpath(path) for path in read if path]
-    is_folder = output.is_dir() or output.with_suffix(".html").is_dir()
-    if output.suffix != ".json" or is_folder or os.path.realpath(output) in taken:
+    if output.suffix != ".json" or os.path.realpath(output) in taken:
         sys.exit(f"error: {output} is read here, or not for writing; --output takes a new .json")
     nearest = output.absolute().parent
     while not nearest.exists():
@@ -371,8 +376,6 @@ def read_prompts(path):
     questions = QUESTIONS
     if path:
         questions = read_json(path, list, advice)
-    if not questions:
-        sys.exit(f"error: {path}: no question in it; {advice}")
     records = []
     for number, question in enumerate(questions, 1):
         with explained(f"{path}: item {number}", advice, ValueError):
@@ -409,18 +412,17 @@ def count_seen(records, path, data):
 
     known = {folded(record) for record in trained}
     questions = {question for question, _ in known}
-    rows_seen = 0
-    questions_seen = 0
+    seen = {"rows_seen": 0, "questions_seen": 0}
     for record in records:
         row = folded(record)
-        rows_seen += row in known
-        questions_seen += row[0] in questions and row not in known
+        seen["rows_seen"] += row in known
+        seen["questions_seen"] += row[0] in questions
     doubt = ""
-    if rows_seen:
-        doubt = f"{rows_seen} of {len(records)} rows were trained on"
-    elif questions_seen:
-        doubt = f"{questions_seen} of {len(records)} rows ask what training asked"
-    return {"rows_seen": rows_seen, "questions_seen": questions_seen}, doubt
+    if seen["rows_seen"]:
+        doubt = f"{seen['rows_seen']} of {len(records)} rows were trained on"
+    elif seen["questions_seen"]:
+        doubt = f"{seen['questions_seen']} of {len(records)} rows ask what training asked"
+    return seen, doubt
 
 
 # The same in lora_finetune.py, letter for letter.
@@ -531,10 +533,7 @@ def end_ids(model, tokenizer, frame):
     ids = tokenizer(frame.end, add_special_tokens=False)["input_ids"][-1:]
     ids.append(tokenizer.eos_token_id)
     named = model.generation_config.eos_token_id
-    if isinstance(named, list):
-        ids += named
-    else:
-        ids.append(named)
+    ids += named if isinstance(named, list) else [named]
     return sorted(set(ids) - {None})
 
 
@@ -651,8 +650,7 @@ def check_room(base, prompts, rows, context, max_new_tokens):
         sys.exit(f"error: a question {room}; shorten it or --max-new-tokens")
     texts = [*prompts, *(row["input_ids"] for row in rows)]
     if max(map(max, texts)) >= len(base.get_input_embeddings().weight):
-        lack = "the tokenizer has tokens that the model lacks"
-        sys.exit(f"error: {lack}; pass the --model that the adapter was trained on")
+        sys.exit("error: the model lacks tokens of the tokenizer; pass the --model of the training")
 
 
 def generate(model, tokenizer, prompts, ends, size, side):
@@ -660,7 +658,8 @@ def generate(model, tokenizer, prompts, ends, size, side):
     answers = []
     starts = range(0, len(prompts), size)
     for start in tqdm(starts, f"answers, {SIDES[side]}", disable=HIDE_BARS, leave=False):
-        part = [torch.tensor(prompt) for prompt in prompts[start : start + size]]
+        end = start + size
+        part = [torch.tensor(prompt) for prompt in prompts[start:end]]
         ids = pad_sequence(part, batch_first=True, padding_value=-1, padding_side="left")
         ids = ids.to(model.device)
         mask = ids >= 0
@@ -671,8 +670,12 @@ def generate(model, tokenizer, prompts, ends, size, side):
             kept = list(itertools.takewhile(lambda id: id not in ends, new))
             stopped = len(kept) < len(new)
             text = tokenizer.decode(kept, skip_special_tokens=True).strip()
-            tokens = len(kept) + stopped
-            answers.append({side: text, f"{side}_stopped": stopped, f"{side}_tokens": tokens})
+            answer = {
+                side: text,
+                f"{side}_stopped": stopped,
+                f"{side}_tokens": len(kept) + stopped,
+            }
+            answers.append(answer)
     return answers
 
 
@@ -821,10 +824,10 @@ def judge(figures):
 
 def quote(figures):
     """The figures of a group in words."""
-    if not figures["ratio_ci95"]:
-        return FIGURES.format(interval="no interval", **figures)
-    low, high = figures["ratio_ci95"]
-    interval = f"95% interval {low:.3f} to {min(high, 999):.3f}"
+    interval = "no interval"
+    if figures["ratio_ci95"]:
+        low, high = figures["ratio_ci95"]
+        interval = f"95% interval {low:.3f} to {high:.3f}"
     return FIGURES.format(interval=interval, **figures)
 
 
@@ -862,10 +865,8 @@ def conclude(figures, records, doubt, limit):
             told = f"{left_out} of {len(records)} rows left out: no room for an answer"
             summary["val data"] += f"; {told} within {limit} tokens"
 
-    damage = "no damage seen"
-    if judge(figures["elsewhere"]) == "worse":
-        damage = "it got worse at other things"
-    summary["elsewhere"] = f"{quote(figures['elsewhere'])}: {damage}"
+    elsewhere = figures["elsewhere"]
+    summary["elsewhere"] = f"{quote(elsewhere)}: {DAMAGE[judge(elsewhere)]}"
     return summary
 
 
@@ -894,10 +895,9 @@ def draw_bars(figures):
     """Both perplexities, and the interval of the second one, in percent of the bars' width."""
     scale = 96 / max(1, figures["ratio"])
     low, high = figures["ratio_ci95"] or (0, 0)
-    after = scale * figures["ratio"]
     return {
         "before": scale,
-        "after": after,
+        "after": scale * figures["ratio"],
         "low": scale * low,
         "high": min(100, scale * high),
     }
@@ -1082,11 +1082,15 @@ PAGE = """<!doctype html>
 def write_results(output, results, figures, curve):
     """Write the results as strict JSON and, beside it, as a page: both, or none."""
     bars = {name: draw_bars(group) for name, group in figures.items()}
-    page = jinja2.Template(PAGE, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    files = {
-        output.with_suffix(".html"): page.render(results, bars=bars, curve=curve, sides=SIDES),
-        output: json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False),
-    }
+    template = jinja2.Template(
+        PAGE,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = template.render(results, bars=bars, curve=curve, sides=SIDES)
+    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
+    files = {output.with_suffix(".html"): page, output: text}
     with explained(f"can't write {output}", "choose another --output", OSError):
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent) as aside:
@@ -1162,8 +1166,11 @@ def main(argv=None):
     output = Path(args.output)
     adapter = read_adapter(folder)
     training = {}
-    if (folder / "training_config.json").exists():
-        training = read_json(folder / "training_config.json", dict, "restore it, or remove it")
+    noted = folder / "training_config.json"
+    if noted.exists():
+        training = read_json(noted, dict, "restore it, or remove it")
+    if "embedding_norm" not in training:
+        training = {}  # another tool's
     settings = settle(args, adapter, training)
     asked = read_prompts(args.prompts)
     check_output(output, [*folder.glob("*.json"), args.prompts, args.val_data])
@@ -1195,7 +1202,6 @@ def main(argv=None):
         prompts.append(row["input_ids"][: row["prompt_tokens"]])
     check_room(base, prompts, itertools.chain(*rows.values()), context, args.max_new_tokens)
     tell("model", f"{settings['model']} in {settings['precision']}, with {folder} off and on")
-    tell("prompts", f"{len(asked)} <- {args.val_data or 'no rows'}, {args.prompts or 'built in'}")
 
     ends = end_ids(base, tokenizer, frame)
     with explained(f"{args.batch_size} prompts at once", "", torch.OutOfMemoryError):
@@ -1205,7 +1211,8 @@ def main(argv=None):
             sys.exit(f"error: {folder}: no finite figures; train with a lower --learning-rate")
 
     summary = conclude(figures, records, doubt, limit)
-    summary.update(conclude_answers(pairs, seconds, args.repetition_penalty), **seen)
+    summary.update(seen)
+    summary.update(conclude_answers(pairs, seconds, args.repetition_penalty))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     libraries = ["torch", "transformers", "peft", "bitsandbytes"]
     versions = {name: version(name) for name in libraries}
@@ -1232,4 +1239,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("error: interrupted; nothing was written")
     except BrokenPipeError:  # the reader, such as head, has left; the files are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os._exit(0)
