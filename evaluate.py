@@ -476,7 +476,7 @@ def check_frame(frame, trained, source):
         then = trained.get(part, now)
         if now != then:
             same = len(os.path.commonprefix([now, then]))
-            shown = slice(max(0, same - 9), same + 40)
+            shown = slice(same, same + 40)
             what = f"{part} of the prompt is {now[shown]!r}, in training it was {then[shown]!r}"
             advice = "put back the tokenizer and chat_template.jinja that training saved"
             sys.exit(f"error: {source}: the {what}; {advice}")
@@ -620,9 +620,6 @@ def load_pair(folder, settings, training):
         if not math.isclose(norm, trained, rel_tol=1e-3):  # in bf16 a little else than in fp32
             raise ValueError("the base has other token embeddings")
         saved = load_file(folder / "adapter_model.safetensors")
-        for key in saved:
-            if key.endswith("embed_tokens.weight"):  # may hold tokens that were added
-                base.resize_token_embeddings(len(saved[key]), mean_resizing=False)
         model = peft.PeftModel.from_pretrained(base, folder)
         others = saved.keys() ^ peft.get_peft_model_state_dict(model).keys()
         if any("lora_" in key for key in others):
@@ -1120,9 +1117,8 @@ def wrap(text, width):
 
 
 def tell(name, text):
-    """Print a line of the summary, what does not fit the terminal below its text."""
-    columns = max(40, shutil.get_terminal_size().columns)
-    lines = textwrap.wrap(plain(text), columns - 12, break_long_words=False)
+    """Print a line of the summary, what goes beyond 80 columns below its text."""
+    lines = textwrap.wrap(plain(text), 68, break_long_words=False)
     print(f"{name:12}" + f"\n{'':12}".join(lines))
 
 
