@@ -234,7 +234,14 @@ def parse_args(argv=None):
     add("--val-data", VAL_DATA, "JSONL to measure perplexity on", type=path)
     add("--val-prompts", VAL_PROMPTS, "questions of it that are asked", type=int, low=0)
     add("--max-new-tokens", MAX_NEW_TOKENS, "an answer is cut there", type=int, low=1)
-    add("--repetition-penalty", REPETITION_PENALTY, "1: none", type=float, low=0.1, high=10)
+    add(
+        "--repetition-penalty",
+        REPETITION_PENALTY,
+        "on both sides; 1: none",
+        type=float,
+        low=0.1,
+        high=10,
+    )
     add("--batch-size", BATCH_SIZE, "prompts at once", type=int, low=1)
     add("--output", OUTPUT, "JSON file; the page beside it ends in .html", type=path)
 
@@ -405,7 +412,9 @@ def count_seen(records, path, data):
     source = Path(data["path"])
     beside = Path(path).with_name(source.name)  # where both were moved, with their folder
     for file in [Path(path), source, beside]:
-        if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == data["sha256"]:
+        if not file.is_file():
+            continue
+        if hashlib.sha256(file.read_bytes()).hexdigest() == data["sha256"]:
             trained = read_jsonl(file)
     if not trained:
         return {}, f"training may have seen these rows: {source} is gone or was changed"
@@ -783,8 +792,12 @@ def run_both(model, tokenizer, ends, asked, prompts, rows, args):
         pad_token_id=0,
     )
     dtype = base.get_input_embeddings().weight.dtype
-    autocast = torch.autocast(base.device.type, dtype, enabled=dtype != torch.float32)
-    switches = {"base": model.disable_adapter(), "finetuned": contextlib.nullcontext()}
+    mixed = dtype != torch.float32
+    autocast = torch.autocast(base.device.type, dtype, enabled=mixed)
+    switches = {
+        "base": model.disable_adapter(),
+        "finetuned": contextlib.nullcontext(),
+    }
 
     pairs = []
     for record in asked:
@@ -1118,7 +1131,12 @@ def wrap(text, width):
 
 def tell(name, text):
     """Print a line of the summary, what goes beyond 80 columns below its text."""
-    lines = textwrap.wrap(plain(text), 68, break_long_words=False)
+    lines = textwrap.wrap(
+        plain(text),
+        width=68,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
     print(f"{name:12}" + f"\n{'':12}".join(lines))
 
 
@@ -1139,12 +1157,14 @@ def print_pairs(pairs):
         for side, title in SIDES.items():
             if not pair[f"{side}_stopped"]:
                 title += " (cut)"
-            blocks.append([title, "-" * width, *wrap(pair[side] or "(no text)", width)])
+            lines = wrap(pair[side] or "(no text)", width)
+            blocks.append([title, "-" * width, *lines])
         if width < whole:
             rows = itertools.zip_longest(*blocks, fillvalue="")
             blocks = [[f"{left:{width}} | {right}".rstrip() for left, right in rows]]
         if pair["reference"]:
-            blocks.append(["right answer", "-" * whole, *wrap(pair["reference"], whole)])
+            lines = wrap(pair["reference"], whole)
+            blocks.append(["right answer", "-" * whole, *lines])
         print(*wrap(f"[{number}/{len(pairs)}] {pair['prompt']}", whole), "", sep="\n")
         for block in blocks:
             print(*block, "", sep="\n")
@@ -1176,7 +1196,8 @@ def main(argv=None):
         asked = records[: args.val_prompts] + asked
     seen, doubt = count_seen(records, args.val_data, training.get("data"))
 
-    source = settings["model"] = find_model(settings["model"], folder)
+    settings["model"] = find_model(settings["model"], folder)
+    source = settings["model"]
     if (folder / "tokenizer_config.json").exists():
         source = folder
     with explained(f"can't load the tokenizer of {source}", MODEL_ADVICE):
