@@ -46,14 +46,7 @@ from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import cached_file
 
 # ---------------------------------------------------------------------------------------------
@@ -565,17 +558,11 @@ def end_ids(model, tokenizer, frame):
 
 # The same in lora_finetune.py, letter for letter.
 def load_base(name, device, precision, load_in_4bit):
-    """Load a causal language model, its linear layers in NF4 if asked and not quantised already."""
+    """Load a causal language model, its linear layers in NF4 if asked, or as they come quantised."""
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     dtype = dtypes[precision]
-    with explained(f"can't load the model {name}", MODEL_ADVICE):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        cause = f"a model of the kind {config.model_type} can't be loaded to write text alone"
-        sys.exit(f"error: {name}: {cause}; choose another --model")
-
     options = {}
-    if load_in_4bit and not hasattr(config, "quantization_config"):
+    if load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
