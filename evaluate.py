@@ -30,8 +30,8 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-logging.getLogger("bitsandbytes").setLevel("ERROR")  # on import it asks for what none needs
-logging.getLogger("huggingface_hub").setLevel("ERROR")  # offline it tells of each new try
+logging.getLogger("bitsandbytes").setLevel("ERROR")  # on import it asks for an optional package
+logging.getLogger("huggingface_hub").setLevel("ERROR")  # offline it reports every retry
 
 import jinja2
 import numpy as np

@@ -574,7 +574,7 @@ def test_a_log_line_tells_the_mean_of_its_steps(tiny, data, tmp_path):
 
 def test_the_tokens_of_a_second_are_those_that_were_read(tiny, data, tmp_path, monkeypatch):
     clock = itertools.count(0, 0.5)  # each look at it half a second later
-    monkeypatch.setattr(lf.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(lf.time, "perf_counter", lambda: next(clock))
     lf.main(flags(tiny, data, tmp_path / "out", "--epochs", 2))
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     texts = [chat_text(tokenizer, "zephyr", row)[1] for row in ROWS[:14]]
@@ -909,6 +909,39 @@ def test_the_finished_folder_says_what_was_done_and_holds_no_pickle(data, undist
     assert len(weights) == 2 * 2 * 2  # layers x modules x (A, B)
     for name, weight in weights.items():
         assert "lora_" in name and weight.dtype == torch.float32
+
+
+def test_a_run_that_gets_validation_rows_when_it_goes_on_comes_to_its_end(tiny, data, tmp_path):
+    arguments = flags(tiny, data, tmp_path / "out", *RUN)
+    stopped(arguments, 11)
+    assert resumed([*arguments, "--val-data", data]) == 1
+    assert len(logged(tmp_path / "out", "eval_loss")) == 1
+
+
+def test_keep_best_goes_on_with_the_same_validation_rows_alone(tiny, data, tmp_path, capsys):
+    arguments = flags(tiny, data, tmp_path / "out", *RUN, "--keep-best", "--val-data", data)
+    stopped(arguments, 5)
+    other = write_jsonl(tmp_path / "other.jsonl", RECORDS)
+    assert "val_data" in error_line([*arguments, "--resume", "--val-data", other], capsys)
+
+
+def test_overwrite_drops_the_checkpoint_of_a_stopped_run_at_once(tiny, data, unfinished, tmp_path):
+    out = shutil.copytree(unfinished, tmp_path / "out")
+    arguments = flags(tiny, data, out, *RUN)
+
+    def killed(ids):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        watch(patch, killed)
+        lf.main([*arguments, "--overwrite"])
+    assert resumed(arguments) == 12
+
+
+def test_files_of_the_users_own_stay_as_they_are(tiny, data, tmp_path):
+    (tmp_path / "README.md").write_text("my notes")
+    lf.main(flags(tiny, data, tmp_path, "--max-steps", 1))
+    assert (tmp_path / "README.md").read_text() == "my notes"
 
 
 # out of memory and NaN ---------------------------------------------------------------------------
