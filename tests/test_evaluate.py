@@ -432,10 +432,20 @@ def test_a_repetition_penalty_holds_for_both_sides_and_is_named(quick, results, 
         assert before != [answer[side] for answer in got.data["prompts"]]
 
 
-def test_a_repetition_penalty_does_not_heed_the_padding(quick):
-    flags = ["--repetition-penalty", 1.5]
-    together = quick(*flags, tokens=24).data["prompts"]
-    assert quick(*flags, "--batch-size", 1, tokens=24).data["prompts"] == together
+def test_padding_brings_no_token_that_a_penalty_would_heed(quick, monkeypatch):
+    generate = LlamaForCausalLM.generate
+    padded = []
+
+    def watch(self, input_ids, attention_mask):
+        for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
+            own = {id for id, counts in zip(ids, mask, strict=True) if counts}
+            assert set(ids) == own
+            padded.append(0 in mask)
+        return generate(self, input_ids=input_ids, attention_mask=attention_mask)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", watch)
+    quick()
+    assert any(padded) and not all(padded)
 
 
 def test_tokens_a_second_are_those_of_the_answers_alone(quick, monkeypatch):
@@ -914,8 +924,8 @@ EARLY = [  # told before a model is loaded; "moved" is a copy of a good adapter
     ("--temperature 1", None, None, "--temperature"),
     ("--adapter", None, None, "--adapter"),
     ("results", None, None, "results"),
-    ("--adapter nowhere", None, None, "no folder nowhere"),
-    ("--adapter user/nowhere", None, None, "no folder user/nowhere"),
+    ("--adapter nowhere", None, None, "nowhere: no folder"),
+    ("--adapter user/nowhere", None, None, "user/nowhere: no folder"),
     ("--prompts nowhere.json", None, None, "nowhere.json"),
     ("--val-data nowhere.jsonl", None, None, "nowhere.jsonl"),
     ("--output out/r.html", None, None, "out/r.html"),
@@ -923,7 +933,7 @@ EARLY = [  # told before a model is loaded; "moved" is a copy of a good adapter
     ("--prompts folder", "folder/x", "", "folder"),
     ("--val-data folder", "folder/x", "", "folder"),
     ("--output folder", "folder/x", "", "folder"),
-    ("--adapter a.json", "a.json", "{}", "no folder a.json"),
+    ("--adapter a.json", "a.json", "{}", "a.json: no folder"),
     ("", C, "{", CONFIG),
     ("", C, "[]", CONFIG),
     ("", C, b"\xff\xfe\x00", CONFIG),
