@@ -289,7 +289,7 @@ def read_adapter(folder):
     advice = "--adapter takes the folder that lora_finetune.py wrote"
     for name in ["adapter_config.json", "adapter_model.safetensors"]:  # no pickled one is opened
         if not (folder / name).is_file():
-            sys.exit(f"error: no folder {folder} with an adapter, {name}, in it; {advice}")
+            sys.exit(f"error: {folder}: no folder of an adapter, it lacks {name}; {advice}")
     config = read_json(folder / "adapter_config.json", dict, advice)
     for key, values in ALLOWED.items():
         value = config.get(key)
@@ -650,7 +650,7 @@ def load_pair(folder, settings, training):
     return model.eval()
 
 
-def encode_rows(records, tokenizer, frame, limit, path):
+def encode_all(records, tokenizer, frame, limit, path):
     """Rows whose answer has room within `limit` tokens, longest first."""
     rows = []
     for record in records:
@@ -1224,9 +1224,9 @@ def main(argv=None):
     context = getattr(base.config.get_text_config(), "max_position_embeddings", 2**20)
     limit = settings["max_seq_length"] or context
     everyday = [to_record({"instruction": q, "output": a}) for q, a in EVERYDAY]
-    rows = {"elsewhere": encode_rows(everyday, tokenizer, frame, limit, "built in")}
+    rows = {"elsewhere": encode_all(everyday, tokenizer, frame, limit, "built in")}
     if records:
-        rows["val data"] = encode_rows(records, tokenizer, frame, limit, args.val_data)
+        rows["val data"] = encode_all(records, tokenizer, frame, limit, args.val_data)
     prompts = []
     for record in asked:
         row = encode({**record, "output": ""}, tokenizer, frame, None)

@@ -1,10 +1,11 @@
-"""What evaluate.py says of a base model and its adapter is true, fits the screen and is safe to open."""
+"""What evaluate.py says of a base model and its adapter is true, and safe to open."""
 
 import collections
 import contextlib
 import functools
 import html.parser
 import io
+import itertools
 import json
 import math
 import os
@@ -32,16 +33,29 @@ import evaluate
 import lora_finetune
 
 ASKED = ["What is a Pod?", "Name a Service, please.", "Why?"]
-THINGS = "Pod Service Node Ingress Secret Volume Job Probe Label Taint Quota Helm".split()
-OUTPUTS = [f"A {thing} is thing number {n}." + " Really." * n for n, thing in enumerate(THINGS)]
-RECORDS = [
-    {"instruction": f"What is a {thing}?", "input": "In one line." * (n % 3 == 0), "output": output}
-    for n, (thing, output) in enumerate(zip(THINGS, OUTPUTS))
-]
-HELD_OUT = RECORDS[:8]
+HELD_OUT_THINGS = ["Pod", "Service", "Node", "Ingress", "Secret", "Volume", "Job", "Probe"]
+TRAINED_THINGS = ["Label", "Taint", "Quota", "Helm", "Role", "Zone", "Chart", "Image"]
+
+
+def records_of(things):
+    """Rows of one kind, some with an input, of several lengths."""
+    records = []
+    for n, thing in enumerate(things):
+        output = f"A {thing} is thing number {n}." + " Really." * n
+        given = ""
+        if n % 3 == 0:
+            given = "In one line."
+        records.append({"instruction": f"What is a {thing}?", "input": given, "output": output})
+    return records
+
+
+HELD_OUT = records_of(HELD_OUT_THINGS)
+TRAINED = records_of(TRAINED_THINGS)
 PAIRS = evaluate.EVERYDAY
 EVERYDAY = [{"instruction": question, "input": "", "output": answer} for question, answer in PAIRS]
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+NOTED = "training_config.json"
 HOSTILE = (
     "<script>window.pwned = 1</script><img src=http://evil.example/x.png onerror=window.pwned=2>"
     "</pre></div></details><svg onload=window.pwned=3><iframe src=https://evil.example/></iframe>"
@@ -53,18 +67,32 @@ CODE = "Write\n```yaml\nkind: Pod\nspec:\n    - name: a\n\n      port: 80\n```\n
 
 def write(path, value):
     """Write a value as JSON, or the values of a list as JSON Lines, by the name of the file."""
-    lines = value if path.suffix == ".jsonl" else [value]
-    path.write_bytes(
-        b"".join(
-            (line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n"
-            for line in lines
-        )
-    )
+    values = [value]
+    if path.suffix == ".jsonl":
+        values = value
+    lines = []
+    for each in values:
+        if not isinstance(each, bytes):
+            each = json.dumps(each).encode()
+        lines.append(each + b"\n")
+    path.write_bytes(b"".join(lines))
     return path
 
 
+def change(path, **values):
+    """Set keys of a JSON file."""
+    content = {}
+    if path.exists():
+        content = json.loads(path.read_text())
+    write(path, content | values)
+
+
+def copy(folder, new):
+    return Path(shutil.copytree(folder, new))
+
+
 def run(folder, *flags):
-    """What evaluate.main writes and prints: data of the JSON, path of the page, text of the terminal."""
+    """What evaluate.main writes and prints: data of the JSON, path of the page, the text."""
     output, printed = folder / "out/results.json", io.StringIO()
     with contextlib.redirect_stdout(printed):
         returned = evaluate.main([*map(str, flags), "--output", str(output)])
@@ -89,7 +117,7 @@ def plain_model(base, adapter=None, in_4bit=True):
 
 
 def plain_perplexity(model, tokenizer, records):
-    """exp of the mean NLL over answer + </s>, one row at a time from all logits: (figure, tokens)."""
+    """exp of the mean NLL over answer + </s>, one row at a time: (figure, tokens)."""
     total, count = 0.0, 0
     for record in records:
         prompt = plain_prompt(tokenizer, f"{record['instruction']}\n\n{record['input']}".strip())
@@ -108,15 +136,16 @@ def plain_prompt(tokenizer, question):
     return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
 
-def plain_answer(model, tokenizer, question):
+def plain_answer(model, tokenizer, question, **options):
     prompt = plain_prompt(tokenizer, question)
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
-    new = model.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    new = model.generate(**ids, max_new_tokens=24, do_sample=False, **options)
+    new = new[0, ids["input_ids"].shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
 def write_adapter(base, folder, strength=0.0, **changes):
-    """A LoRA folder by peft alone: no training_config.json, no tokenizer, no log; without strength no effect."""
+    """A LoRA folder by peft alone: no other file; without strength it has no effect."""
     torch.manual_seed(0)
     config = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | changes
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -168,19 +197,32 @@ def write_parrot(folder, answers, after=(), template="zephyr"):
 
 @pytest.fixture(scope="module")
 def adapter(tiny, tmp_path_factory):
-    """An adapter trained hard enough to change answers, and beside it questions and held-out rows."""
+    """An adapter that changes answers, and beside it questions and held-out rows."""
     folder = tmp_path_factory.mktemp("home")
     write(folder / "asked.json", ASKED)
-    flags = "--max-steps 8 --learning-rate 0.02 --batch-size 6 --gradient-accumulation-steps 1"
-    paths = ["--model", tiny, "--dataset", write(folder / "data.jsonl", RECORDS)]
-    paths += ["--val-data", write(folder / "val.jsonl", HELD_OUT), "--output", folder / "adapter"]
-    lora_finetune.main([*flags.split(), *map(str, paths)])
+    write(folder / "data.jsonl", TRAINED)
+    write(folder / "val.jsonl", HELD_OUT)
+    paths = ["--model", tiny, "--dataset", folder / "data.jsonl", "--output", folder / "adapter"]
+    flags = ["--max-steps", 8, "--learning-rate", 0.02, "--batch-size", 6]
+    flags += ["--gradient-accumulation-steps", 1, "--val-data", folder / "val.jsonl"]
+    lora_finetune.main([*map(str, [*paths, *flags])])
     return folder / "adapter"
 
 
 @pytest.fixture(scope="module")
 def asked(adapter):
     return adapter.parent / "asked.json"
+
+
+@pytest.fixture
+def quick(adapter, asked, tmp_path):
+    """A function: what an evaluation of three short answers gives."""
+
+    def evaluated(*flags, adapter=adapter, tokens=2):
+        few = ["--prompts", asked, "--max-new-tokens", tokens, "--val-prompts", 0]
+        return run(tmp_path, "--adapter", adapter, *few, *flags)
+
+    return evaluated
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +271,7 @@ def said(tmp_path_factory):
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would build: tags with their attributes, the text, and the text inside of a tag."""
+    """What a browser would build: tags with their attributes, and the text inside of a tag."""
 
     def __init__(self, path):
         super().__init__()
@@ -279,31 +321,335 @@ def test_answers_and_figures_are_those_of_plain_peft(side, results, tiny, adapte
     assert results.data["summary"]["answers_changed"] == 5
 
 
-FOREIGN = {
-    "other layers": {"target_modules": ["q_proj", "down_proj"]},
-    "all layers, other scale": {"target_modules": "all-linear", "use_rslora": True},
-    "DoRA": {"use_dora": True},
-    "head": {"target_modules": ["v_proj", "lm_head"]},
-    "a layer trained whole": {"modules_to_save": ["lm_head"]},
-    "plain weights": {},
-}
+FOREIGN = [
+    ("other layers", {"target_modules": ["q_proj", "down_proj"]}),
+    ("all layers, other scale", {"target_modules": "all-linear", "use_rslora": True}),
+    ("DoRA", {"use_dora": True}),
+    ("biases of its own", {"lora_bias": True}),
+    ("head", {"target_modules": ["v_proj", "lm_head"]}),
+    ("embeddings", {"target_modules": ["q_proj", "embed_tokens"]}),
+    ("a layer trained whole", {"modules_to_save": ["lm_head"]}),
+    ("embeddings trained whole", {"modules_to_save": ["embed_tokens"]}),
+    ("a few tokens", {"trainable_token_indices": [5, 6, 7]}),
+    ("one layer", {"layers_to_transform": [1]}),
+    ("ranks", {"rank_pattern": {"q_proj": 8}}),
+    ("normal start", {"init_lora_weights": "gaussian"}),
+    ("plain weights", {}),
+    ("orthogonal start, plain weights", {"init_lora_weights": "orthogonal"}),
+    ("DoRA, plain weights", {"use_dora": True}),
+]
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_adapters_of_other_tools_have_plain_figures(kind, tiny, tmp_path, adapter, asked):
-    folder = write_adapter(tiny, tmp_path / "adapter", 0.2, **FOREIGN[kind])
+@pytest.mark.parametrize("kind, config", FOREIGN, ids=[kind for kind, _ in FOREIGN])
+def test_adapters_of_other_tools_have_plain_figures(kind, config, tiny, tmp_path, quick, adapter):
+    folder = write_adapter(tiny, tmp_path / "adapter", 0.2, **config)
     assert {path.name for path in folder.iterdir()} <= {"README.md", CONFIG, WEIGHTS}
-    in_4bit = kind != "plain weights"
-    flags = ["--adapter", folder, "--val-data", adapter.parent / "val.jsonl", "--prompts", asked]
-    flags += ["--val-prompts", 0, "--max-new-tokens", 1] + ["--no-load-in-4bit"] * (not in_4bit)
-    got = run(tmp_path, *flags)
-    assert len(got.data["prompts"]) == 3 and got.data["settings"]["load_in_4bit"] == in_4bit
+    flags = ["--val-data", adapter.parent / "val.jsonl"]
+    in_4bit = "plain weights" not in kind
+    if not in_4bit:
+        flags.append("--no-load-in-4bit")
+    got = quick(*flags, adapter=folder)
+    assert len(got.data["prompts"]) == 3
+    assert got.data["settings"]["load_in_4bit"] == in_4bit
     for side, put_on in ("base", None), ("finetuned", folder):
         model = plain_model(tiny, put_on, in_4bit)
         figure, _ = plain_perplexity(model, AutoTokenizer.from_pretrained(tiny), HELD_OUT)
         assert got.data["perplexity"][side] == pytest.approx(figure, rel=1e-5)
     assert abs(got.data["perplexity"]["ratio"] - 1) > 1e-5
+    assert "rows_seen" not in got.data["summary"]  # nothing tells
     assert not Page(got.page).curve()  # no log
+
+
+CHANGES_ITS_BASE = [
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "pissa_niter_4"},
+    {"init_lora_weights": "olora"},
+    {"init_lora_weights": "corda"},
+    {"init_lora_weights": "loftq"},
+    {"init_lora_weights": "lora_ga"},
+    {"init_lora_weights": "not yet known"},
+    {"layer_replication": [[0, 2], [1, 2]]},
+    {"kasa_config": {"beta": 0.0001}},
+    {"alora_invocation_tokens": [10, 11]},
+    {"arrow_config": {"top_k": 1}},
+    {"bias": "all"},
+    {"bias": "lora_only"},
+    {"peft_type": "IA3"},
+    {"peft_type": "ADALORA"},
+    {"peft_type": "PROMPT_TUNING"},
+]
+
+
+@pytest.mark.parametrize("config", CHANGES_ITS_BASE, ids=str)
+def test_an_adapter_that_changes_its_base_is_refused(config, adapter, tmp_path, quick):
+    folder = copy(adapter, tmp_path / "adapter")
+    change(folder / CONFIG, **config)
+    (key,) = config
+    with pytest.raises(SystemExit, match=f"^error: .*no LoRA that .*base.* {key} .*; .*") as end:
+        quick(adapter=folder)
+    assert "\n" not in end.value.code
+
+
+ASKS_FOR = [  # in the base's generation_config.json
+    {"num_beams": 3},
+    {"no_repeat_ngram_size": 2},
+    {"return_dict_in_generate": True, "output_scores": True},
+    {"min_new_tokens": 10},
+    {"bad_words_ids": [[n] for n in range(3, 200)]},
+    {"suppress_tokens": list(range(3, 200))},
+    {"max_time": 0.0001},
+    {"cache_implementation": "static"},
+    {"prompt_lookup_num_tokens": 3},
+    {"do_sample": True, "temperature": 9.0},
+    {"repetition_penalty": 1.8},
+    {"stop_strings": ["a", "e"]},
+    {"sequence_bias": [[[20], -10.0]]},
+    {"num_return_sequences": 2, "num_beams": 2},
+    {"forced_eos_token_id": 5},
+]
+
+
+@pytest.mark.parametrize("config", ASKS_FOR, ids=lambda config: "-".join(config))
+def test_answers_are_greedy_whatever_the_base_asks_for(config, results, tiny, tmp_path, quick):
+    base = copy(tiny, tmp_path / "base")
+    change(base / "generation_config.json", **config)
+    got = quick("--model", base, tokens=24)
+    assert got.data["prompts"] == results.data["prompts"][2:]
+
+
+def test_a_repetition_penalty_holds_for_both_sides_and_is_named(quick, results, tiny, adapter):
+    got = quick("--repetition-penalty", 1.5, tokens=24)
+    assert got.data["settings"]["repetition_penalty"] == 1.5
+    assert "repetition penalty 1.5" in got.data["summary"]["answers"]
+    assert "penalty" not in results.out
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    for side, put_on in ("base", None), ("finetuned", adapter):
+        model = plain_model(tiny, put_on)
+        for answer in got.data["prompts"]:
+            told = plain_answer(model, tokenizer, answer["prompt"], repetition_penalty=1.5)
+            assert answer[side] == told
+        before = [answer[side] for answer in results.data["prompts"][2:]]
+        assert before != [answer[side] for answer in got.data["prompts"]]
+
+
+def test_padding_brings_no_token_that_a_penalty_would_heed(quick, monkeypatch):
+    generate = LlamaForCausalLM.generate
+    padded = []
+
+    def watch(self, input_ids, attention_mask):
+        for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
+            own = {id for id, counts in zip(ids, mask, strict=True) if counts}
+            assert set(ids) == own
+            padded.append(0 in mask)
+        return generate(self, input_ids=input_ids, attention_mask=attention_mask)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", watch)
+    quick()
+    assert any(padded) and not all(padded)
+
+
+def test_tokens_a_second_are_those_of_the_answers_alone(quick, monkeypatch):
+    seconds = itertools.count(step=2)
+    clock = SimpleNamespace(monotonic=lambda: next(seconds))
+    monkeypatch.setattr(evaluate, "time", clock)
+    got = quick(tokens=5).data
+    tokens = sum(answer["base_tokens"] + answer["finetuned_tokens"] for answer in got["prompts"])
+    assert got["summary"]["tokens_per_second"] == tokens / (2 + 2)
+
+
+def shouted(record):
+    return {key: f"  {text.upper()}\n".replace(" ", "  ") for key, text in record.items() if text}
+
+
+def other_answer(record):
+    return record | {"output": "Something else."}
+
+
+def joined(record):
+    question = f"{record['instruction']}\n\n{record['input']}".strip()
+    return {"instruction": question, "output": record["output"]}
+
+
+SEEN = [  # rows of --val-data, how many were trained on, of how many more the question was
+    ("none", HELD_OUT, 0, 0),
+    ("all", TRAINED, 8, 0),
+    ("in another order", TRAINED[::-1], 8, 0),
+    ("a few", TRAINED[2:5], 3, 0),
+    ("among others", HELD_OUT + TRAINED[:1], 1, 0),
+    ("other blanks and case", [shouted(record) for record in TRAINED], 8, 0),
+    ("the input in the question", [joined(record) for record in TRAINED], 8, 0),
+    ("other answers", [other_answer(record) for record in TRAINED[:2]] + HELD_OUT, 0, 2),
+    ("both", [TRAINED[0], other_answer(TRAINED[1]), *HELD_OUT], 1, 1),
+]
+
+
+@pytest.mark.parametrize("name, rows, known, asked_of", SEEN, ids=[case[0] for case in SEEN])
+def test_rows_that_training_saw_get_no_verdict(name, rows, known, asked_of, quick, tmp_path):
+    got = quick("--val-data", write(tmp_path / "v.jsonl", rows))
+    summary = got.data["summary"]
+    assert summary["rows_seen"] == known
+    assert summary["questions_seen"] == known + asked_of
+    verdict = summary["verdict"]
+    assert ("No verdict" in verdict) == (known + asked_of > 0)
+    if known:
+        assert f"{known} of {len(rows)} rows were trained on" in verdict
+    assert verdict in Page(got.page).text and squeezed(verdict) in squeezed(got.out)
+
+
+TRAINED_FILE = [  # what became of it, rows of --val-data, words of the verdict
+    ("gone", HELD_OUT, "gone or was changed"),
+    ("changed", HELD_OUT, "gone or was changed"),
+    ("gone", TRAINED, "8 of 8 rows were trained on"),
+    ("changed", TRAINED, "8 of 8 rows were trained on"),
+    ("moved, with --val-data", HELD_OUT, "Better"),
+]
+
+
+@pytest.mark.parametrize("fate, rows, words", TRAINED_FILE)
+def test_without_the_file_trained_on_nothing_is_called_held_out(
+    fate, rows, words, adapter, tmp_path, quick
+):
+    folder = copy(adapter, tmp_path / "adapter")
+    data = json.loads((folder / NOTED).read_text())["data"]
+    path = tmp_path / "away/data.jsonl"
+    change(folder / NOTED, data=data | {"path": str(path)})
+    if fate == "changed":
+        path.parent.mkdir()
+        write(path, TRAINED[1:])
+    if fate == "moved, with --val-data":
+        write(tmp_path / "data.jsonl", TRAINED)
+    got = quick("--val-data", write(tmp_path / "v.jsonl", rows), adapter=folder)
+    assert words in got.data["summary"]["verdict"]
+
+
+LONG_INPUT = {"input": "word " * 400}
+NO_ROOM = [
+    ("one", [HELD_OUT[0] | LONG_INPUT, *HELD_OUT[1:]], "1 of 8 rows left out: no room"),
+    ("most", [HELD_OUT[0], *[row | LONG_INPUT for row in HELD_OUT[1:]]], "7 of 8 rows left out"),
+    ("none", HELD_OUT, ""),
+]
+
+
+@pytest.mark.parametrize("name, rows, words", NO_ROOM, ids=[case[0] for case in NO_ROOM])
+def test_rows_without_room_for_an_answer_are_counted(name, rows, words, quick, tmp_path):
+    got = quick("--val-data", write(tmp_path / "v.jsonl", rows))
+    line = got.data["summary"]["val data"]
+    assert words in line and ("left out" in line) == bool(words)
+    assert squeezed(words) in squeezed(got.out) and words in Page(got.page).text
+
+
+PARTS = ["head", "tail", "blank", "end"]
+
+
+@pytest.mark.parametrize("part", [*PARTS, "nothing", "no key"])
+def test_another_prompt_than_that_of_training_is_refused(part, adapter, tiny, tmp_path, quick):
+    frame = evaluate.chat_frame(AutoTokenizer.from_pretrained(tiny))._asdict()
+    prompt = {name: frame[name] for name in PARTS}
+    folder = copy(adapter, tmp_path / "adapter")
+    noted = json.loads((folder / NOTED).read_text())
+    noted.pop("prompt", None)
+    write(folder / NOTED, noted)
+    if part == "no key":
+        assert quick(adapter=folder)
+        return
+    if part in PARTS:
+        prompt[part] = "other" + prompt[part]
+    change(folder / NOTED, prompt=prompt)
+    if part == "nothing":
+        assert quick(adapter=folder)
+        return
+    with pytest.raises(SystemExit, match=f"^error: .*{part} of the prompt .*other.*; put back"):
+        quick(adapter=folder)
+
+
+def test_a_lost_chat_template_is_told(adapter, tiny, tmp_path, quick):
+    folder = copy(adapter, tmp_path / "adapter")
+    frame = evaluate.chat_frame(AutoTokenizer.from_pretrained(tiny))._asdict()
+    change(folder / NOTED, prompt={name: frame[name] for name in PARTS})
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(SystemExit, match="^error: .*head of the prompt is '### Instruction"):
+        quick(adapter=folder)
+
+
+BASES = [  # in adapter_config.json, where it lies, the folder to stand in
+    ("base", "base", "."),
+    ("./base", "base", "."),
+    ("../base", "base", "elsewhere"),
+    ("inner", "adapter/inner", "elsewhere"),
+]
+
+
+@pytest.mark.parametrize("named, place, here", BASES)
+def test_a_base_is_looked_for_here_and_beside_the_adapter(
+    named, place, here, adapter, tiny, tmp_path, quick, monkeypatch
+):
+    folder = copy(adapter, tmp_path / "adapter")
+    copy(tiny, tmp_path / place)
+    change(folder / CONFIG, base_model_name_or_path=named)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / here)
+    assert quick(adapter=folder).data["prompts"]
+
+
+NOWHERE = [  # name, whether it may be a Hub name
+    ("./nowhere", False),
+    ("../nowhere", False),
+    ("/nowhere", False),
+    ("~/nowhere", False),
+    ("some/where/nowhere", False),
+    ("C:\\models\\nowhere", False),
+    ("nowhere", True),
+    ("some/nowhere", True),
+]
+
+
+@pytest.mark.parametrize("name, may_be_hub", NOWHERE)
+def test_a_path_that_is_no_folder_is_said_without_asking(
+    name, may_be_hub, adapter, tmp_path, quick, monkeypatch
+):
+    asked_the_hub = mock.Mock(side_effect=OSError("no connection"))
+    monkeypatch.setattr(evaluate, "cached_file", asked_the_hub)
+    folder = copy(adapter, tmp_path / "adapter")
+    change(folder / CONFIG, base_model_name_or_path=name)
+    with pytest.raises(SystemExit, match=f"^error: no folder {re.escape(name)}.*; "):
+        quick(adapter=folder)
+    assert asked_the_hub.called == may_be_hub
+
+
+PRECISIONS = [  # asked for, trained in, used on a CPU
+    (None, "fp32", "fp32"),
+    (None, "fp16", "fp32"),
+    (None, "bf16", "bf16"),
+    ("fp16", "bf16", "fp32"),
+    ("bf16", "fp32", "bf16"),
+]
+
+
+@pytest.mark.parametrize("asked_for, trained_in, used", PRECISIONS)
+def test_a_cpu_computes_in_fp32_or_bf16(asked_for, trained_in, used, adapter, tmp_path, quick):
+    folder = copy(adapter, tmp_path / "adapter")
+    arguments = json.loads((folder / NOTED).read_text())["arguments"]
+    change(folder / NOTED, arguments=arguments | {"precision": trained_in})
+    flags = []
+    if asked_for:
+        flags = ["--precision", asked_for]
+    got = quick(*flags, adapter=folder)
+    assert got.data["settings"]["precision"] == used
+    exact = quick("--precision", "fp32", adapter=folder).data["general"]["base"]
+    assert got.data["general"]["base"] == pytest.approx(exact, rel=0.01)
+    assert (got.data["general"]["base"] == exact) == (used == "fp32")
+
+
+def test_an_adapter_works_on_a_base_that_comes_quantised(tiny, tmp_path, quick, adapter):
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny, quantization_config=nf4, device_map={"": "cpu"}
+    )
+    model.save_pretrained(tmp_path / "base-bnb-4bit")
+    got = quick("--model", tmp_path / "base-bnb-4bit").data["general"]
+    whole = quick("--no-load-in-4bit").data["general"]
+    for side in "base", "finetuned":
+        assert got[side] == pytest.approx(whole[side], rel=0.02)
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -406,17 +752,17 @@ def test_held_out_questions_are_asked_first_and_their_references_shown(results):
     assert [result["prompt"] for result in prompts] == first + ASKED
     references = [row["output"] for row in HELD_OUT[:2]]
     assert [result["reference"] for result in prompts] == references + [None] * 3
-    for reference in references:  # of which 24 tokens are shown
-        assert reference[:24] in Page(results.page).text and reference[:24] in results.out
+    for reference in references:
+        assert reference in Page(results.page).text and reference in results.out
 
 
-def test_a_long_reference_is_cut_with_a_mark_and_whole_in_the_json(said):
+def test_a_reference_is_shown_whole(said):
     references = [result["reference"] for result in said.data["prompts"]]
     assert references == [*list(REFERENCES.values())[:5], *[None] * len(ANSWERS)]
     for shown in Page(said.page).text, said.out:
-        assert "and so on" in shown and "and end." not in shown
-        assert "始部署部署" in squeezed(shown) and "終" not in shown
-        assert len(re.findall(r"\bcut\b", shown)) == 2 + 2  # two endless answers
+        assert "and so on" in shown and "and end." in shown
+        assert "始部署部署" in squeezed(shown) and "終" in shown
+        assert len(re.findall(r"\bcut\b", shown)) == 2  # the endless answers
         assert CODE in shown
 
 
@@ -512,13 +858,34 @@ def test_a_failed_write_leaves_the_old_results(fault, said, asked, tmp_path, mon
     assert {path: path.read_bytes() for path in page.parent.iterdir()} == old
 
 
-def wrong(flags, path, *contents, named=None):
-    """Cases of the next test: None deletes a file, a dict changes its JSON, a function changes it."""
-    return [(named or path, flags, {path: content}) for content in contents]
-
-
 def template(words):
-    return lambda path: path.write_text("{{ %s }}" % words + path.read_text())
+    """Put something at the start of a chat template."""
+
+    def put(path):
+        path.write_text("{{ %s }}" % words + path.read_text())
+
+    return put
+
+
+def own_tokenizer(path):
+    change(path, tokenizer_class="Own", auto_map={"AutoTokenizer": ["code.T", None]})
+    (path.parent / "code.py").write_bytes(CODE_RUNS)
+
+
+def own_model(path):
+    change(path, model_type="own", auto_map={"AutoConfig": "code.Config"})
+    (path.parent / "code.py").write_bytes(CODE_RUNS)
+
+
+def pickled(path):
+    path.unlink()
+    (path.parent / "pytorch_model.bin").write_bytes(PICKLE)
+    (path.parent / "adapter_model.bin").write_bytes(PICKLE)
+
+
+def not_finite(path):
+    weights = load_file(path)
+    save_file({name: w * math.nan for name, w in weights.items()}, path, {"format": "pt"})
 
 
 def more_tokens(path):
@@ -527,82 +894,150 @@ def more_tokens(path):
     tokenizer.save_pretrained(path.parent)
 
 
-# fmt: off
-PICKLE, CODE_RUNS = b"cos\nmkdir\n(S'exploded'\ntR.", "open('exploded', 'w')"  # both leave a trace
-GOOD, LONG = ('{"instruction": "%s", "output": "b"}\n' % question for question in ("a", "why " * 2000))
-M, C, W, T = "moved", f"moved/{CONFIG}", f"moved/{WEIGHTS}", "moved/training_config.json"
+def shortened(path):
+    os.truncate(path, 1000)
+
+
+PICKLE = b"cos\nmkdir\n(S'exploded'\ntR."  # these two leave a trace
+CODE_RUNS = b"open('exploded', 'w')"
+GOOD = '{"instruction": "a", "output": "b"}\n'
+HALF = GOOD.replace("b", "\\ud800")
+LONG = GOOD.replace("a", "why " * 2000)
+C = f"moved/{CONFIG}"
+W = f"moved/{WEIGHTS}"
+T = f"moved/{NOTED}"
 CHAT = "moved/chat_template.jinja"
-TEMPLATES = ["''.__class__.__mro__[1].__subclasses__()", "lipsum.__globals__['os'].mkdir('exploded')", "range(10**9)|list", "'a' * 10**17", "raise_exception('no')"]
+P = "--prompts p.json"
+V = "--val-data v.jsonl"
 EARLY = [  # told before a model is loaded; "moved" is a copy of a good adapter
-    *[(words.split()[0], words, {}) for words in ["--batch-size 0", "--batch-size -1", "--batch-size 1.5", f"--batch-size {'9' * 20}", "--max-new-tokens 0", "--max-new-tokens nan", "--val-prompts -1", "--precision fp8", "--temperature 1", "--adapter", "results"]],
-    *[(words.split()[1], words, {}) for words in ["--adapter nowhere", "--prompts nowhere.json", "--val-data nowhere.jsonl", "--output out/r.html", f"--output {C}"]],
-    *[("folder", f"{flag} folder", {"folder/x": ""}) for flag in ["--prompts", "--val-data", "--output"]],
-    *wrong("--adapter a.json", "a.json", "{}"),
-    *wrong("", C, "{", "[]", b"\xff\xfe\x00", None, named=CONFIG),
-    *wrong("", W, None, named="no adapter"),
-    ("pickle", "", {W: None, "moved/adapter_model.bin": PICKLE}),
-    *wrong("", C, {"peft_type": "IA3"}, {"bias": "all"}, {"bias": "lora_only"}, named="no LoRA"),
-    *wrong("", T, "[]"),
-    *wrong("", "moved/tokenizer.json", "{", named=M),
-    (M, "", {"moved/tokenizer_config.json": {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.T", None]}}, "moved/code.py": CODE_RUNS}),
-    *wrong("", CHAT, *map(template, TEMPLATES), named="chat template"),
-    *wrong("--prompts p.json", "p.json", "{}", '"Why?"', "[]", '[["a"]]', '[{"prompt": "a"}]', "['a']", "", "null"),
-    *wrong("--prompts p.json", "p.json", "[" * 100_000, b"\xff\x00", f"[{'9' * 5000}]"),
-    *wrong("--prompts p.json", "p.json", '["a", "\\ud800"]', '["a", null]', '["a", "  "]', '["a", 1]', named="item 2"),
-    *wrong("--val-data v.jsonl", "v.jsonl", "", b"\xff\x00"),
-    *wrong("--val-data v.jsonl", "v.jsonl", GOOD + "\n{", GOOD + "\n[]", named="v.jsonl:3"),
-    *wrong("--val-data v.jsonl", "v.jsonl", '{"instruction": "a"}', named='v.jsonl:1: "output"'),
-    *wrong("--val-data v.jsonl", "v.jsonl", '{"instruction": 1}', GOOD.replace("b", "\\ud800"), named="v.jsonl:1"),
-    *wrong("--output f/r.json", "f", ""),
-    *wrong("--output p.json --prompts p.json", "p.json", '["a"]'),
-    *wrong("--output v.json --val-data v.json", "v.json", GOOD),
-    *wrong("--output r.json", "r.html/x", "", named="r.html"),
+    # flags, a file, what is put in it, named in the line
+    ("--batch-size 0", None, None, "--batch-size"),
+    ("--batch-size -1", None, None, "--batch-size"),
+    ("--batch-size 1.5", None, None, "--batch-size"),
+    ("--batch-size 99999999999999999999", None, None, "--batch-size"),
+    ("--max-new-tokens 0", None, None, "--max-new-tokens"),
+    ("--max-new-tokens nan", None, None, "--max-new-tokens"),
+    ("--val-prompts -1", None, None, "--val-prompts"),
+    ("--repetition-penalty 0", None, None, "--repetition-penalty"),
+    ("--repetition-penalty nan", None, None, "--repetition-penalty"),
+    ("--precision fp8", None, None, "--precision"),
+    ("--temperature 1", None, None, "--temperature"),
+    ("--adapter", None, None, "--adapter"),
+    ("results", None, None, "results"),
+    ("--adapter nowhere", None, None, "nowhere: no folder"),
+    ("--adapter user/nowhere", None, None, "user/nowhere: no folder"),
+    ("--prompts nowhere.json", None, None, "nowhere.json"),
+    ("--val-data nowhere.jsonl", None, None, "nowhere.jsonl"),
+    ("--output out/r.html", None, None, "out/r.html"),
+    (f"--output {C}", None, None, C),
+    ("--prompts folder", "folder/x", "", "folder"),
+    ("--val-data folder", "folder/x", "", "folder"),
+    ("--output folder", "folder/x", "", "folder"),
+    ("--adapter a.json", "a.json", "{}", "a.json: no folder"),
+    ("", C, "{", CONFIG),
+    ("", C, "[]", CONFIG),
+    ("", C, b"\xff\xfe\x00", CONFIG),
+    ("", C, None, CONFIG),
+    ("", W, None, WEIGHTS),
+    ("", W, pickled, WEIGHTS),
+    ("", T, "[]", T),
+    ("", "moved/tokenizer.json", "{", "moved"),
+    ("", "moved/tokenizer_config.json", own_tokenizer, "moved"),
+    ("", CHAT, template("''.__class__.__mro__[1].__subclasses__()"), "chat template"),
+    ("", CHAT, template("lipsum.__globals__['os'].mkdir('exploded')"), "chat template"),
+    ("", CHAT, template("range(10**9)|list"), "chat template"),
+    ("", CHAT, template("'a' * 10**17"), "chat template"),
+    ("", CHAT, template("raise_exception('no')"), "chat template"),
+    (P, "p.json", "{}", "p.json"),
+    (P, "p.json", '"Why?"', "p.json"),
+    (P, "p.json", "[]", "p.json"),
+    (P, "p.json", '[["a"]]', "p.json"),
+    (P, "p.json", '[{"prompt": "a"}]', "p.json"),
+    (P, "p.json", "['a']", "p.json"),
+    (P, "p.json", "", "p.json"),
+    (P, "p.json", "null", "p.json"),
+    (P, "p.json", "[" * 100_000, "p.json"),
+    (P, "p.json", b"\xff\x00", "p.json"),
+    (P, "p.json", f"[{'9' * 5000}]", "p.json"),
+    (P, "p.json", '["a", "\\ud800"]', "item 2"),
+    (P, "p.json", '["a", null]', "item 2"),
+    (P, "p.json", '["a", "  "]', "item 2"),
+    (P, "p.json", '["a", 1]', "item 2"),
+    (V, "v.jsonl", "", "v.jsonl"),
+    (V, "v.jsonl", b"\xff\x00", "v.jsonl"),
+    (V, "v.jsonl", GOOD + "\n{", "v.jsonl:3"),
+    (V, "v.jsonl", GOOD + "\n[]", "v.jsonl:3"),
+    (V, "v.jsonl", '{"instruction": "a"}', 'v.jsonl:1: "output"'),
+    (V, "v.jsonl", '{"instruction": 1}', "v.jsonl:1"),
+    (V, "v.jsonl", HALF, "v.jsonl:1"),
+    ("--output f/r.json", "f", "", "f"),
+    ("--output p.json --prompts p.json", "p.json", '["a"]', "p.json"),
+    ("--output v.json --val-data v.json", "v.json", GOOD, "v.json"),
 ]
 LATE = [
-    *wrong("", W, lambda path: os.truncate(path, 1000), "hello", named=M),
-    *wrong("", W, lambda path: save_file({n: w * math.nan for n, w in load_file(path).items()}, path, {"format": "pt"}), named="finite"),
-    *wrong("", C, {"lora_alpha": math.nan}, named="finite"),
-    *wrong("", C, *({"target_modules": names} for names in [["k_proj", "o_proj"], ["q_proj"], "(q_proj"]), {"rank_pattern": [1]}, named="does not fit"),
-    ("nowhere/model", "--model nowhere/model", {}),
-    ("/nowhere/base", "", {C: {"base_model_name_or_path": "/nowhere/base"}, T: None}),
-    *[("--model", "", {C: {"base_model_name_or_path": base}, T: None}) for base in (None, 5)],
-    ("base", "--model base", {"base/model.safetensors": None, "base/pytorch_model.bin": PICKLE}),
-    ("base", "--model base", {"base/config.json": {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}, "base/code.py": CODE_RUNS}),
-    ("tokenizer", "--prompts p.json", {"p.json": '["<new>"]', "moved/tokenizer.json": more_tokens}),
-    *wrong("--val-data v.jsonl", "v.jsonl", LONG),
-    *wrong("--prompts p.json", "p.json", f'["{"Pod " * 75000}"]', f'["{"x" * 300000}"]', named="1,024"),
-    ("1,024", "--max-new-tokens 3000", {}),
+    ("", W, shortened, "moved"),
+    ("", W, "hello", "moved"),
+    ("", W, not_finite, "finite"),
+    ("", C, {"lora_alpha": math.nan}, "finite"),
+    ("", C, {"target_modules": ["k_proj", "o_proj"]}, "does not fit"),
+    ("", C, {"target_modules": ["q_proj"]}, "does not fit"),
+    ("", C, {"target_modules": "(q_proj"}, "does not fit"),
+    ("", C, {"rank_pattern": [1]}, "does not fit"),
+    ("--model nowhere/model", None, None, "nowhere/model"),
+    ("", C, {"base_model_name_or_path": "/nowhere/base"}, "no folder /nowhere/base"),
+    ("", C, {"base_model_name_or_path": None}, "--model"),
+    ("", C, {"base_model_name_or_path": 5}, "--model"),
+    ("--model base", "base/model.safetensors", pickled, "base"),
+    ("--model base", "base/config.json", own_model, "base"),
+    (P, "moved/tokenizer.json", more_tokens, "tokens of the tokenizer"),
+    (V, "v.jsonl", LONG, "v.jsonl"),
+    (P, "p.json", f'["{"Pod " * 75000}"]', "1,024"),
+    (P, "p.json", f'["{"x" * 300000}"]', "1,024"),
+    ("--max-new-tokens 3000", None, None, "1,024"),
 ]
-# fmt: on
 
 
-@pytest.mark.parametrize("case", [*EARLY, *LATE], ids=lambda case: f"{case[1]} {[*case[2]]}")
+def identify(case):
+    """A name for a case that is not too long."""
+    flags, path, content, named = case
+    return f"{flags} {path} {str(content)[:20]!a} {named}"
+
+
+@pytest.mark.parametrize("case", [*EARLY, *LATE], ids=identify)
 def test_a_mistake_ends_in_one_line(case, adapter, tiny, asked, tmp_path, capsys, monkeypatch):
-    named, wrong, files = case
+    flags, path, content, named = case
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(adapter, "moved")
-    shutil.copytree(tiny, "base")
-    for path, content in files.items():
+    copy(adapter, "moved")
+    copy(tiny, "base")
+    write(Path("p.json"), ["<new>"])
+    if path:
         path = Path(path)
         path.parent.mkdir(exist_ok=True)
-        if content is None:
-            path.unlink()
-        elif isinstance(content, dict):
-            path.write_text(json.dumps(json.loads(path.read_text()) | content))
-        elif callable(content):
-            content(path)
-        else:
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    if callable(content):
+        content(path)
+    elif isinstance(content, dict):
+        change(path, **content)
+    elif isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif path:
+        path.unlink()
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
     right = ["--adapter", "moved", "--prompts", str(asked), "--max-new-tokens", "1"]
-    right += ["--model", "nowhere/model"] if case in EARLY else []
+    if case in EARLY:
+        monkeypatch.setattr(evaluate, "load_base", mock.Mock(side_effect=AssertionError("loaded")))
     with pytest.raises(SystemExit) as end:
-        evaluate.main([*right, "--output", "out/results.json", *wrong.split()])
-    told = capsys.readouterr().err.splitlines()[-1:] if end.value.code == 2 else [end.value.code]
+        evaluate.main([*right, "--output", "out/results.json", *flags.split()])
+    told = [end.value.code]
+    if end.value.code == 2:  # argparse has said it
+        told = capsys.readouterr().err.splitlines()[-1:]
     assert re.fullmatch("(evaluate.py: )?error: .*(; | takes |argument).*", told[0])  # what to do
-    assert named in told[0] and len(told[0]) < 500
-    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert after == before and not Path("out").exists() and not Path("exploded").exists()
+    assert named in told[0] and len(told[0]) < 600
+    after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert after == before
+    assert not Path("out").exists() and not Path("exploded").exists()
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"width": 32}, {"layers": 3}], ids=str)
@@ -695,7 +1130,8 @@ def test_the_page_tells_verdict_figures_and_settings_in_words_and_in_order(resul
     assert verdict < page.text.index("lower is better") < page.text.index(ASKED[0])
     for result in data["prompts"]:
         assert result["base"] in page.text and result["finetuned"] in page.text
-    settings = page.inside["details"].removeprefix("Settings")
+    settings = page.inside["details"]
+    settings = settings[settings.index("{") :]
     assert json.loads(settings)["versions"]["torch"] == version("torch")
     figures = data["perplexity"], data["general"]
     assert tells(page.text, *(f[side] for f in figures for side in ("base", "finetuned", "ratio")))
@@ -734,6 +1170,53 @@ def test_the_curve_is_that_of_the_log(name, said, asked, tmp_path):
     assert not re.search(r"\b(nan|inf)\b", svg)
 
 
+def percents(style):
+    """The numbers of a style such as "left: 3.2%; right: 10%"."""
+    return {name: float(value) for name, value in re.findall(r"(\w+): ([-.\de]+)%", style)}
+
+
+def test_bars_and_their_box_are_as_long_as_the_figures(results):
+    page = Page(results.page)
+    shown = [attributes for tag, attributes in page.tags if tag == "div"]
+    bars = [each for each in shown if each.get("class", "").startswith(("bar ", "box"))]
+    styles = [percents(each["style"]) for each in bars]
+    for group, (before, after, box) in zip(
+        ["perplexity", "general"], [styles[:3], styles[3:]], strict=True
+    ):
+        figures = results.data[group]
+        low, high = figures["ratio_ci95"]
+        unit = before["width"]
+        assert 0 < unit <= 100
+        assert after["width"] == pytest.approx(unit * figures["ratio"])
+        assert box["left"] == pytest.approx(unit * low)
+        assert 100 - box["right"] == pytest.approx(min(100, unit * high))
+
+
+def drawn(page, name):
+    """The points of a path of the page."""
+    (path,) = [a["d"] for tag, a in page.tags if tag == "path" and a["class"] == name]
+    return [tuple(map(float, point.split(","))) for point in re.findall("[-.\\d]+,[-.\\d]+", path)]
+
+
+def test_the_curve_has_each_loss_its_running_mean_and_round_dots(said, asked, tmp_path):
+    moved = copy(said.flags[1], tmp_path / "moved")
+    train = [5.0 - 0.1 * n + (n % 3) for n in range(25)]
+    val = [{"step": step, "eval_loss": loss} for step, loss in [(0, 6.0), (10, 4.0), (25, 3.0)]]
+    write(moved / "training_log.jsonl", losses(*train) + val)
+    flags = ["--adapter", moved, "--prompts", asked, "--max-new-tokens", 1, "--no-load-in-4bit"]
+    page = Page(run(tmp_path, *flags).page)
+    single = {step: -y for step, y in drawn(page, "single")}
+    assert single == pytest.approx(dict(enumerate(train, 1)))
+    for step, y in drawn(page, "mean"):
+        window = train[max(0, int(step) - 3) : int(step)]
+        assert -y == pytest.approx(sum(window) / len(window))
+    dots = [(a["cx"], a["cy"]) for tag, a in page.tags if tag == "circle"]
+    low, high = min(train + [3.0]), max(train + [6.0])
+    for (x, y), (step, loss) in zip(dots, [(0, 6.0), (10, 4.0), (25, 3.0)], strict=True):
+        assert float(x[:-1]) == pytest.approx(100 * step / 25)
+        assert float(y[:-1]) == pytest.approx(100 * (high - loss) / (high - low))
+
+
 def test_hostile_texts_are_inert_on_the_page_which_refers_to_nothing_outside(said, results):
     assert Page(said.page).text.count(HOSTILE) == 5 + 9 + 4 + 1  # questions, answers, reference
     loading = "src href srcset action data background poster xlink:href".split()
@@ -761,7 +1244,8 @@ def browser():
     browser.quit()
 
 
-TEXTS = """const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+TEXTS = """const found = [];
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
 while (walker.nextNode()) if (walker.currentNode.data.trim()) found.push(walker.currentNode);"""
 FAINT = """const parts = colour => colour.match(/[\\d.]+/g).map(Number);
 const luminance = colour => parts(colour).slice(0, 3).map(c => c / 255)
