@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -17,8 +18,9 @@ import nbclient
 import nbformat
 import pytest
 import torch
-from test_lora_finetune import ROWS, error_line, files, write_jsonl
+from test_lora_finetune import ROWS, chat_text, error_line, files, logged, write_jsonl
 from test_lora_finetune import flags as run_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
 import lora_finetune
@@ -475,3 +477,111 @@ def test_a_mistake_in_a_cell_ends_in_one_line_and_the_kernel_lives_on(tmp_path):
         assert cell["error"].startswith(f"SystemExit: error: {name}")
         assert "\n" not in cell["error"] and "Traceback" not in cell["stderr"]
     assert seen[3]["value"] == "42"
+
+
+# ------------------------------------------------------------------------------- changes people make
+
+ASKED = '    asked = [{"role": "user", "content": question}]\n'
+SYSTEM = '{"role": "system", "content": "Be brief."}'
+CHANGES = {  # the wishes of the manual: what stands there, what is written instead
+    "weight decay": ("weight_decay=0.0", "weight_decay=0.01"),
+    "constant rate": ("    return peak * (1 + cosine) / 2\n", "    return peak\n"),
+    "loss on the prompt": (
+        "    labels = [-100] * prompt_tokens + input_ids[prompt_tokens:]\n",
+        "    labels = list(input_ids)\n",
+    ),
+    "system prompt": (ASKED, ASKED.replace("[{", f"[{SYSTEM}, {{")),
+    "8 bits": ("            load_in_4bit=True,\n", "            load_in_8bit=True,\n"),
+    "temperature": (
+        "        do_sample=False,\n",
+        "        do_sample=True,\n        temperature=0.7,\n",
+    ),
+}
+
+
+def edited(name, wish):
+    """The script as a module, with the change of that wish."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    old, new = CHANGES[wish]
+    assert text.count(old) == 1
+    module = types.ModuleType(name.removesuffix(".py"))
+    exec(compile(text.replace(old, new), name, "exec"), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("wish", CHANGES)
+def test_the_manual_says_what_to_write(wish):
+    manual = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = manual.split("\n## Change the script\n")[1].split("\n## ")[0]
+    new = SYSTEM if wish == "system prompt" else CHANGES[wish][1].replace(" " * 8, " ")
+    assert new.strip().rstrip(",").replace(",\n", ",") in section
+
+
+def test_weight_decay_is_one_number(tiny, data, tmp_path, monkeypatch):
+    seen = set()
+    step = torch.optim.AdamW.step
+
+    def adamw(self, *args, **kwargs):
+        seen.add(self.param_groups[0]["weight_decay"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", adamw)
+    run = run_of(tiny, data, tmp_path / "out", "--max-steps", 2)
+    edited("lora_finetune.py", "weight decay").main(run)
+    assert seen == {0.01}
+
+
+def test_a_constant_rate_is_one_line(tiny, data, tmp_path):
+    run = run_of(tiny, data, tmp_path / "out", "--max-steps", 4, "--warmup-ratio", 0.25)
+    edited("lora_finetune.py", "constant rate").main(run)
+    assert logged(tmp_path / "out", "learning_rate") == [0, 2e-4, 2e-4, 2e-4]
+
+
+def test_the_prompt_is_learned_too_by_one_line(tiny, data, tmp_path):
+    """Held against the model's own loss over whole texts."""
+    run = run_of(tiny, data, tmp_path / "out", "--max-steps", 1)
+    edited("lora_finetune.py", "loss on the prompt").main(run)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    nats, count = 0.0, 0
+    for row in ROWS:
+        text = "".join(chat_text(tokenizer, "zephyr", row)[1:])
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            nats += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert logged(tmp_path / "out", "loss") == [pytest.approx(nats / count, rel=1e-5)]
+
+
+def test_a_system_prompt_in_one_script_alone_is_noticed(tiny_models, data, tmp_path, capsys):
+    chatml, out = tiny_models(template="chatml"), tmp_path / "out"
+    edited("lora_finetune.py", "system prompt").main(run_of(chatml, data, out, "--max-steps", 1))
+    assert "<|im_start|>system Be brief.<|im_end|>" in capsys.readouterr().out
+    compare = ["--adapter", str(out), "--no-load-in-4bit", "--max-new-tokens", "2"]
+    compare += ["--output", str(tmp_path / "r.json")]
+    with pytest.raises(SystemExit, match="^error: .*head of the prompt"):
+        evaluate.main(compare)
+    assert edited("evaluate.py", "system prompt").main(compare)["prompts"] == 10
+
+
+def test_eight_bits_are_one_word(tiny, data, tmp_path, monkeypatch):
+    import bitsandbytes
+
+    module, used = edited("lora_finetune.py", "8 bits"), []
+    monkeypatch.setitem(module.__dict__, "check_base", lambda *args: used.append(args[0]))
+    run = run_of(tiny, data, tmp_path / "out", "--max-steps", 1, "--load-in-4bit")
+    module.main(run)
+    kinds = [type(layer) for layer in used[0].modules()]
+    assert bitsandbytes.nn.Linear8bitLt in kinds and bitsandbytes.nn.Linear4bit not in kinds
+
+
+def test_answers_are_drawn_at_a_temperature_by_two_lines(tiny, data, tmp_path):
+    lora_finetune.main(run_of(tiny, data, tmp_path / "out", "--max-steps", 1))
+    compare = ["--adapter", str(tmp_path / "out"), "--max-new-tokens", "8"]
+    compare += ["--output", str(tmp_path / "r.json"), "--no-load-in-4bit"]
+    answers = []
+    for _ in range(2):
+        edited("evaluate.py", "temperature").main(compare)
+        results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+        answers.append([each["base"] for each in results["prompts"]])
+    assert answers[0] != answers[1]
