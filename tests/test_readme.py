@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import llama_tokenizer
 from safetensors.torch import load_file
-from tokenizers import pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_finetune
@@ -181,3 +181,20 @@ def test_llama_cpp_puts_no_bos_first(tiny, tmp_path, monkeypatch):
     # newer releases of llama.cpp believe this file, not the config
     saved = json.loads(Path("output/merged/tokenizer.json").read_text())
     assert "<s>" not in json.dumps(saved["post_processor"])
+
+
+CUTS = {  # as SmolLM2's own tokenizer cuts them; Ġ is a blank
+    "a  0/3": ["a", "ĠĠ", "0", "/", "3"],
+    "a  a": ["a", "Ġ", "Ġa"],
+    "33 0": ["3", "3", "Ġ", "0"],
+}
+
+
+@pytest.mark.parametrize("text", CUTS)
+def test_the_offline_smollm2_reads_digits_one_by_one(text):
+    pieces = ["a", "0", "3", "/", "Ġ", "ĠĠ", "Ġa", "Ġ0", "33"]
+    vocab = {piece: id for id, piece in enumerate(pieces)}
+    merges = [("Ġ", "Ġ"), ("Ġ", "a"), ("Ġ", "0"), ("3", "3")]
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = offline_model.digits_apart()
+    assert tokenizer.encode(text).tokens == CUTS[text]
