@@ -43,7 +43,14 @@ from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 
 # ---------------------------------------------------------------------------------------------
 # Edit here, or pass the flag of the same name.
@@ -214,7 +221,7 @@ def to_record(row):
             raise ValueError(f'"{key}" is no text')
         if not text.strip() and key != "input":
             raise ValueError(f'"{key}" is missing')
-        record[key] = text.encode().decode().strip()  # a ValueError if half a character
+        record[key] = text.encode().decode()  # a ValueError if half a character
     return record
 
 
@@ -235,6 +242,21 @@ def read_jsonl(path):
     if not records:
         sys.exit(f"error: {path}: no records in it; {advice}")
     return records
+
+
+# The same in lora_finetune.py, letter for letter.
+def check_folder(name):
+    """End the program where a model's folder is not there, or holds something else than a model."""
+    folder = Path(name)
+    may_be_of_the_hub = name.count("/") <= 1 and "\\" not in name and name[0] not in "./~"
+    if not folder.is_dir() and not may_be_of_the_hub:
+        sys.exit(f"error: {name}: no folder; pass a model's folder or its Hub name")
+    if (folder / "adapter_config.json").exists():
+        advice = "pass the model that it was trained on, see base_model_name_or_path in it"
+        sys.exit(f"error: {name} is an adapter, no model; {advice}")
+    for path in folder.glob("*.safetensors"):
+        if path.open("rb").read(19) == b"version https://git":
+            sys.exit(f"error: {path} only says where the weights lie; run `git lfs pull` there")
 
 
 def read_prompts(path):
@@ -293,37 +315,43 @@ def chat_frame(tokenizer):
 
 
 # The same in lora_finetune.py, letter for letter.
+def tokenize(text, typed, tokenizer, special):
+    """The ids of a text; a control token within the ranges that a person typed is spelled out."""
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    input_ids = []
+    for id, (start, stop) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        if id in special and any(start in part for part in typed):
+            part = text[start:stop]
+            spelled = tokenizer(part, add_special_tokens=False, split_special_tokens=True)
+            input_ids += spelled["input_ids"]
+        else:
+            input_ids.append(id)
+    return input_ids
+
+
+# The same in lora_finetune.py, letter for letter.
 def encode(record, tokenizer, frame, max_length):
     """Turn a record into what response_nll reads: input_ids and labels, and three numbers.
 
-    The labels are the ids of the response, and -100 before. The whole text is tokenized at once, as
-    prompt and response tokenized apart need not give the same ids; a token belongs to the response
-    if it starts there. A control token typed in a record (such as </s>) is spelled as plain text.
+    The labels are the ids of the response, and -100 before. Prompt and response are tokenized in
+    one, as apart they need not give the same ids. But the prompt's ids are those of the prompt
+    alone: these are what is asked later. Control tokens in a record (such as </s>) stay plain text.
     """
     question = record["instruction"]
     if record["input"]:
         question += "\n\n" + record["input"]
     prompt = frame.head + question + frame.tail
-    text = prompt + frame.blank + record["output"] + frame.end
-    question_start = len(frame.head)
-    question_end = question_start + len(question)
-    answer_start = len(prompt)
-    answer_end = len(text) - len(frame.end)
+    response = frame.blank + record["output"] + frame.end
+    text = prompt + response
+    in_question = range(len(frame.head), len(frame.head + question))
+    in_response = range(len(prompt), len(text) - len(frame.end))
 
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    input_ids = []
-    prompt_tokens = 0
-    for id, (start, stop) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
-        in_question = question_start <= start < question_end
-        in_answer = answer_start <= start < answer_end
-        ids = [id]
-        if id in frame.special and (in_question or in_answer):
-            part = text[start:stop]
-            spelled = tokenizer(part, add_special_tokens=False, split_special_tokens=True)
-            ids = spelled["input_ids"]
-        input_ids += ids
-        if start < answer_start:
-            prompt_tokens += len(ids)
+    prompt_ids = tokenize(prompt, [in_question], tokenizer, frame.special)
+    input_ids = tokenize(text, [in_question, in_response], tokenizer, frame.special)
+    prompt_tokens = len(prompt_ids)
+    if input_ids[:prompt_tokens] != prompt_ids:  # a token reaches over the border: apart, then
+        typed = range(len(response) - len(frame.end))
+        input_ids = prompt_ids + tokenize(response, [typed], tokenizer, frame.special)
 
     labels = [-100] * prompt_tokens + input_ids[prompt_tokens:]
     labels = labels[:max_length]
@@ -339,11 +367,17 @@ def encode(record, tokenizer, frame, max_length):
 
 # The same in lora_finetune.py, letter for letter.
 def load_base(name, device, precision, load_in_4bit):
-    """Load a causal language model, its linear layers in NF4 if asked."""
+    """Load a causal language model, its linear layers in NF4 if asked and not quantised already."""
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     dtype = dtypes[precision]
+    with explained(f"can't load the model {name}", MODEL_ADVICE):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        cause = f"a model of the kind {config.model_type} can't be loaded to write text alone"
+        sys.exit(f"error: {name}: {cause}; choose another --model")
+
     options = {}
-    if load_in_4bit:
+    if load_in_4bit and not hasattr(config, "quantization_config"):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -379,6 +413,10 @@ def mend(model):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
+        # A base that comes quantised brings a format of its own, such as bf16 for older GPUs.
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = model.get_input_embeddings().weight.dtype
+
         # One kernel for the RMSNorm of Llama and kin: a fifth of a step's time on a GPU.
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             module.forward = partial(
@@ -406,6 +444,18 @@ def find_head(model):
     if difference.norm() < 1e-3 * logits.norm():
         return head
     return None
+
+
+# The same in lora_finetune.py, letter for letter.
+def end_ids(model, tokenizer, frame):
+    """The ids at which an answer ends: of the turn, of a text, and those that the base names."""
+    ends = tokenizer(frame.end, add_special_tokens=False)["input_ids"][-1:]
+    ends.append(tokenizer.eos_token_id)
+    named = model.generation_config.eos_token_id
+    if isinstance(named, int):
+        named = [named]
+    ends += named or []
+    return sorted({id for id in ends if id is not None})
 
 
 def load_pair(trained, folder):

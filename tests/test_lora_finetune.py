@@ -12,9 +12,11 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,13 +25,14 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import ROOT, largest_file, without_privileges
+from conftest import ROOT, largest_file, llama_tokenizer, without_privileges
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import evaluate
 import lora_finetune as lf
 
 torch.set_num_threads(1)  # models this small are no faster with more
@@ -153,8 +156,9 @@ def chat_text(tokenizer, template, record):
     turns.append({"role": "assistant", "content": record["output"]})
     whole = tokenizer.apply_chat_template(turns, tokenize=False)
     assert whole.startswith(prompt)
-    end = whole.index(END_OF_TURN[template], len(prompt) + len(record["output"]))
-    return prompt, whole[: end + len(END_OF_TURN[template])]
+    end_of_turn = END_OF_TURN.get(template, "</s>")
+    end = whole.index(end_of_turn, len(prompt) + len(record["output"]))
+    return prompt, whole[: end + len(end_of_turn)]
 
 
 def brute_force(tokenizer, template, record, max_length=10**9):
@@ -175,7 +179,8 @@ def encoded(folder, record, max_length=4096):
 @pytest.mark.parametrize("template", END_OF_TURN)
 @pytest.mark.parametrize("record", RECORDS + ROWS[:3], ids=range(len(RECORDS) + 3))
 def test_labels_equal_a_brute_force_computation(tiny_models, template, record):
-    record = {name: value.strip() for name, value in record.items()}
+    if template == "llama3":  # whose template trims what is said
+        record = {name: value.strip() for name, value in record.items()}
     folder = tiny_models(template=template)
     row, tokenizer = encoded(folder, record), AutoTokenizer.from_pretrained(folder)
     ids, labels = brute_force(tokenizer, template, record)
@@ -304,6 +309,8 @@ def reference_model(folder, nf4=False):
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        if hasattr(module, "compute_dtype"):  # of a base that comes quantised
+            module.compute_dtype = torch.float32
     return model
 
 
@@ -320,7 +327,7 @@ def trainable(model):
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
-def assert_one_step_equals_reference(folder, rows, out, *more, tolerance=1e-5):
+def assert_one_step_equals_reference(folder, rows, out, *more, template="zephyr", tolerance=1e-5):
     """Run one optimizer step; its loss and its clipped gradients must be the reference's."""
     data, weights, gradients = write_jsonl(f"{out}.jsonl", rows), [], []
 
@@ -340,14 +347,13 @@ def assert_one_step_equals_reference(folder, rows, out, *more, tolerance=1e-5):
         watch(patch, step=keep)
         one = ["--max-steps", 1, "--warmup-ratio", 0, "--lora-dropout", 0, "--lora-r", 8]
         lf.main(flags(folder, data, out, *one, "--lora-alpha", 16, *more))
-    rows = [{key: text.strip() for key, text in row.items()} for row in rows]
     lora = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
     model = reference_model(folder, "--load-in-4bit" in more)
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
     for weight, value in zip(trainable(model), weights, strict=True):
         weight.data.copy_(value)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    parts = [reference_nll(model, tokenizer, "zephyr", row) for row in rows]
+    parts = [reference_nll(model, tokenizer, template, row) for row in rows]
     loss = sum(nll for nll, _ in parts) / sum(count for _, count in parts)
     loss.backward()
     loss, expected = loss.item(), [weight.grad for weight in trainable(model)]
@@ -443,6 +449,194 @@ def test_each_epoch_takes_each_row_once_in_even_steps_and_an_order_of_its_own(
     assert all(len(set.union(*epoch)) == sum(map(len, epoch)) == 13 for epoch in epochs)
     assert {len(step) for epoch in epochs for step in epoch} == {3, 4}  # no small one at the end
     assert all(epoch not in epochs[:i] for i, epoch in enumerate(epochs))
+
+
+# what is asked later is what was trained ---------------------------------------------------------
+
+FORMS = {  # (prompt, answer) of a template; a blank between the two belongs to the answer
+    "mistral": ("[INST] {q} [/INST]", " {a}</s>"),
+    "llama2": ("<s>[INST] {q} [/INST]", " {a} </s>"),
+    "vicuna": ("USER: {q} ASSISTANT:", " {a}</s>"),
+    "chatml": ("<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n", "{a}<|im_end|>"),
+    "zephyr": ("<|user|>\n{q}</s>\n<|assistant|>\n", "{a}</s>"),
+    "two lines": ("Q: {q}\n\n", "{a}</s>"),
+    "no border": ("{q}>", "{a}</s>"),
+}
+ANSWERS = {
+    "a word": "A Pod runs containers.",
+    "one letter": "I",
+    "a digit": "3 Pods",
+    "indented code": "    def pod():\n        return 1",
+    "an empty line": "\n\nPod",
+    "a sign": "> yes",
+    "another script": "日本語 🚀",
+    "a typed control token": "</s> Pod",
+}
+
+
+def template_of(form):
+    prompt, answer = (re.sub("{.}", "{{ m.content }}", part) for part in FORMS[form])
+    turn = "{% if m.role == 'user' %}" + prompt + "{% else %}" + answer + "{% endif %}"
+    return "{% for m in messages %}" + turn + "{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def vocabularies(tiny_models):
+    """Two tokenizers that merge a blank with the letter after it."""
+    letters = [chr(code) for code in range(33, 127)]
+    merged = [("▁", "A"), ("▁", "P"), ("▁P", "o"), ("▁Po", "d"), ("▁", "▁"), ("▁▁", "▁▁")]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters]
+    pieces += ["".join(pair) for pair in merged]
+    vocab = {piece: id for id, piece in enumerate(pieces)}
+    return {
+        "byte-level": AutoTokenizer.from_pretrained(tiny_models(template="chatml")),
+        "SentencePiece": llama_tokenizer(vocab, merged, legacy=False),
+    }
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("vocabulary", ["byte-level", "SentencePiece"])
+def test_an_answer_is_learned_whole_after_the_ids_that_are_asked(
+    vocabularies, vocabulary, form, answer
+):
+    tokenizer, record = vocabularies[vocabulary], {**RECORDS[0], "output": ANSWERS[answer]}
+    tokenizer.chat_template = template_of(form)
+    frame = lf.chat_frame(tokenizer)
+    row = lf.encode(record, tokenizer, frame, 4096)
+    read, learned = [row["input_ids"][part] for part in split_at(row["prompt_tokens"])]
+    question = [{"role": "user", "content": record["instruction"]}]
+    asked = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)
+    assert read == asked["input_ids"]
+    asked = evaluate.encode(record | {"output": ""}, tokenizer, frame, 4096)
+    assert read == asked["input_ids"][: asked["prompt_tokens"]]
+    assert row["labels"] == [-100] * len(read) + learned
+    told = tokenizer.decode(learned)
+    wanted = FORMS[form][1].replace("{a}", record["output"])
+    if vocabulary == "SentencePiece":  # its decoder takes a blank away; it lacks <|im_end|>
+        told = told.strip(" ").removesuffix("<|im_end|></s>") + "<|im_end|>" * (form == "chatml")
+        wanted = wanted.strip(" ")
+    assert told == wanted
+
+
+def split_at(place):
+    return slice(place), slice(place, None)
+
+
+@pytest.mark.parametrize("form", ["mistral", "llama2", "vicuna"])
+def test_one_step_learns_the_first_word_after_a_blank(tiny, tmp_path, form):
+    folder = with_template(tmp_path / "model", tiny, lambda _: template_of(form))
+    rows = [{**row, "output": "A Pod " * 3} for row in ROWS[:3]]
+    assert_one_step_equals_reference(folder, rows, tmp_path / "out", template=form)
+
+
+# the optimizer and the log -----------------------------------------------------------------------
+
+
+def test_the_rate_rises_evenly_then_falls_by_half_a_cosine(tiny, data, tmp_path):
+    more = ["--max-steps", 10, "--warmup-ratio", 0.2, "--learning-rate", 0.01]
+    lf.main(flags(tiny, data, tmp_path / "out", *more))
+    falling = [0.005 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
+    assert logged(tmp_path / "out", "learning_rate") == pytest.approx([0, 0.005, *falling])
+
+
+def test_two_updates_are_those_of_adamw_without_decay(tiny, data, tmp_path, monkeypatch):
+    """By hand: Loshchilov and Hutter 2019, betas 0.9 and 0.999, epsilon 1e-8."""
+    seen = []
+
+    def keep(number, weights):
+        seen.append([(weight.detach().clone(), weight.grad.clone()) for weight in weights])
+
+    watch(monkeypatch, step=keep)
+    more = ["--max-steps", 3, "--learning-rate", 0.01, "--warmup-ratio", 0]
+    lf.main(flags(tiny, data, tmp_path / "out", *more))
+    rates = logged(tmp_path / "out", "learning_rate")
+    for layer in zip(*seen):
+        mean = square = torch.zeros_like(layer[0][0])
+        for number in (1, 2):
+            (weight, gradient), (after, _) = layer[number - 1 : number + 1]
+            mean = 0.9 * mean + 0.1 * gradient
+            square = 0.999 * square + 0.001 * gradient**2
+            change = mean / (1 - 0.9**number) / ((square / (1 - 0.999**number)).sqrt() + 1e-8)
+            wanted = weight - rates[number - 1] * change
+            assert torch.allclose(after, wanted, rtol=1e-5, atol=1e-8)
+
+
+def test_a_log_line_tells_the_mean_of_its_steps(tiny, data, tmp_path):
+    more = ["--max-steps", 7, "--learning-rate", 0.01]
+    lf.main(flags(tiny, data, tmp_path / "each", *more))
+    lf.main(flags(tiny, data, tmp_path / "out", *more, "--logging-steps", 5))
+    each = logged(tmp_path / "each", "loss")
+    assert logged(tmp_path / "out", "step") == [5, 7]
+    means = [sum(each[:5]) / 5, sum(each[5:]) / 2]
+    assert logged(tmp_path / "out", "loss") == pytest.approx(means)
+
+
+def test_the_tokens_of_a_second_are_those_that_were_read(tiny, data, tmp_path, monkeypatch):
+    clock = itertools.count(0, 0.5)  # each look at it half a second later
+    monkeypatch.setattr(lf.time, "monotonic", lambda: next(clock))
+    lf.main(flags(tiny, data, tmp_path / "out", "--epochs", 2))
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    texts = [chat_text(tokenizer, "zephyr", row)[1] for row in ROWS[:14]]
+    tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    assert logged(tmp_path / "out", "tokens_per_second") == [2 * tokens, 2 * tokens]
+
+
+def test_keep_best_saves_the_epoch_of_the_lowest_validation_loss(tiny, data, tmp_path, capsys):
+    """Too high a rate: it gets better first, then worse."""
+    more = ["--val-data", write_jsonl(tmp_path / "val.jsonl", RECORDS)]
+    more += ["--learning-rate", 0.05, "--warmup-ratio", 0, "--epochs", 5]
+    last = lf.main(flags(tiny, data, tmp_path / "last", *more))
+    assert "lowest after epoch" in capsys.readouterr().out
+    result = lf.main(flags(tiny, data, tmp_path / "best", *more, "--keep-best"))
+    measured = logged(tmp_path / "best", "eval_loss")
+    assert measured == logged(tmp_path / "last", "eval_loss")
+    epoch = measured.index(min(measured[1:]))
+    assert epoch < 5 and last["eval_loss"] == measured[-1]
+    assert (result["eval_loss"], result["kept_epoch"]) == (measured[epoch], epoch)
+    config = json.loads((tmp_path / "best/training_config.json").read_text(encoding="utf-8"))
+    assert config["result"] == result
+
+    model = peft.PeftModel.from_pretrained(reference_model(tiny), tmp_path / "best").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    with torch.no_grad():
+        parts = [reference_nll(model, tokenizer, "zephyr", row) for row in RECORDS]
+    saved = sum(nll.item() for nll, _ in parts) / sum(count for _, count in parts)
+    assert saved == pytest.approx(result["eval_loss"], rel=1e-5)
+
+
+def test_a_run_that_keeps_its_best_keeps_it_when_stopped(tiny, data, tmp_path):
+    val = write_jsonl(tmp_path / "val.jsonl", RECORDS)
+    more = [*RUN, "--val-data", val, "--learning-rate", 0.05, "--keep-best"]
+    lf.main(flags(tiny, data, tmp_path / "whole", *more))
+    arguments = flags(tiny, data, tmp_path / "out", *more)
+    stopped(arguments, 9)
+    resumed(arguments)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_keep_best_needs_validation_rows(tiny, data, tmp_path, capsys):
+    line = error_line(flags(tiny, data, tmp_path / "out", "--keep-best"), capsys)
+    assert "--val-data" in line and not files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("asked, used", [("fp16", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")])
+def test_a_cpu_computes_in_bf16_only_where_asked(tiny, data, tmp_path, capsys, asked, used):
+    seen = set()
+    with pytest.MonkeyPatch.context() as patch:
+        embed = torch.nn.Embedding.forward
+
+        def embedding(self, ids):
+            seen.add(self.weight.dtype)
+            return embed(self, ids)
+
+        patch.setattr(torch.nn.Embedding, "forward", embedding)
+        lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 2, "--precision", asked))
+    assert seen == {{"fp32": torch.float32, "bf16": torch.bfloat16}[used]}
+    assert f"training on the CPU in {used}" in capsys.readouterr().out
+    weights = load_file(tmp_path / "out/adapter_model.safetensors").values()
+    assert {weight.dtype for weight in weights} == {torch.float32}
+    assert logged(tmp_path / "out", "loss")[0] == pytest.approx(5.89, abs=0.3)
 
 
 # stopping and going on ---------------------------------------------------------------------------
@@ -619,6 +813,16 @@ def test_a_second_run_on_one_folder_is_refused(arguments, undisturbed, tmp_path,
     assert_same_run(tmp_path / "out", undisturbed)
 
 
+def test_resume_goes_by_the_rows_of_a_step_not_by_how_they_are_cut(tiny, data, tmp_path):
+    more = ["--max-steps", 12, "--lora-dropout", 0]
+    lf.main(flags(tiny, data, tmp_path / "whole", *more, "--batch-size", 1))
+    stopped(flags(tiny, data, tmp_path / "out", *more, "--batch-size", 1), 5)
+    cut = ["--batch-size", 2, "--gradient-accumulation-steps", 2]
+    assert resumed(flags(tiny, data, tmp_path / "out", *more, *cut)) == 7
+    losses = logged(tmp_path / "out", "loss")
+    assert losses == pytest.approx(logged(tmp_path / "whole", "loss"), rel=1e-5)
+
+
 # what stands in the output folder ----------------------------------------------------------------
 
 CHANGED = """--learning-rate 1e-3|--lora-r 4|--lora-alpha 3|--lora-dropout 0.5
@@ -733,7 +937,7 @@ def alike(tmp_path):
 @pytest.fixture
 def size(tiny):
     """Tokens of a row of those."""
-    return len(encoded(tiny, {**ROWS[3], "instruction": "Question 00?"})["input_ids"]) - 1
+    return len(encoded(tiny, {**ROWS[3], "instruction": "Question 00?"})["input_ids"])
 
 
 @pytest.mark.parametrize("dropout, first_step, parts_before", [(0.5, 1, 0), (0.5, 1, 2), (0, 2, 0)])
@@ -792,9 +996,8 @@ def test_the_validation_loss_equals_a_token_weighted_computation(tiny, tmp_path,
 
     model = peft.PeftModel.from_pretrained(reference_model(tiny), tmp_path / "out").eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    rows = [{k: v.strip() for k, v in row.items()} for row in held_out]
     with torch.no_grad():
-        parts = [reference_nll(model, tokenizer, "zephyr", row, 120) for row in rows]
+        parts = [reference_nll(model, tokenizer, "zephyr", row, 120) for row in held_out]
     expected = sum(nll.item() for nll, _ in parts) / sum(count for _, count in parts)
     assert measured[-1]["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert result["eval_loss"] == measured[-1]["eval_loss"]
@@ -964,3 +1167,189 @@ def test_a_model_without_attention_names_its_layers_and_trains_one_of_them(
     assert "out_proj" in error_line([*run, "--target-modules", "out_proj"], capsys)
     lf.main([*run, "--target-modules", "in_proj"])
     assert len(load_file(tmp_path / "out/adapter_model.safetensors")) == 2 * 2  # layers x (A, B)
+
+
+# models that people bring ------------------------------------------------------------------------
+
+
+def write_with(folder, model, source):
+    """A model folder with the tokenizer of another one."""
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def small(kind, source, **more):
+    """The config of a tiny model of that kind with as many tokens as the source has."""
+    shape = {"vocab_size": len(AutoTokenizer.from_pretrained(source)), "hidden_size": 64}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    return AutoConfig.for_model(kind, **shape | {"max_position_embeddings": 1024} | more)
+
+
+SIGHT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+SIGHT |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+HEADS = {"num_key_value_heads": 2, "head_dim": 16}
+
+
+def write_seeing(folder, kind, text, vision, source):
+    """A model of pictures and texts."""
+    parts = {"text_config": small(text, source, **HEADS).to_dict()}
+    parts["vision_config"] = AutoConfig.for_model(vision, **SIGHT).to_dict()
+    config = AutoConfig.for_model(kind, **parts, **{"mm_tokens_per_image": 4})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    return write_with(folder, model, source)
+
+
+def test_a_model_of_pictures_and_texts_gets_adapters_where_texts_are_read(tiny, data, tmp_path):
+    model = ["gemma3", "gemma3_text", "siglip_vision_model"]
+    folder = write_seeing(tmp_path / "model", *model, tiny)
+    lf.main(flags(folder, data, tmp_path / "out", "--max-steps", 2))
+    names = load_file(tmp_path / "out/adapter_model.safetensors").keys()
+    assert len(names) == 2 * 2 * 2 and not [name for name in names if "vision" in name]
+    result = evaluate.main([*EVALUATE, "--adapter", str(tmp_path / "out")])
+    assert math.isfinite(result["general"]["ratio"])
+
+
+EVALUATE = ["--max-new-tokens", "2", "--no-load-in-4bit"]
+
+
+def test_one_that_can_not_be_loaded_for_text_alone_is_named_as_that(tiny, data, tmp_path, capsys):
+    folder = write_seeing(tmp_path / "model", "mistral3", "mistral", "pixtral", tiny)
+    line = error_line(flags(folder, data, tmp_path / "out"), capsys)
+    assert "mistral3" in line and "text alone" in line and "-U" not in line
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
+def test_an_encoder_is_no_causal_language_model(tiny, data, tmp_path, capsys, kind):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small(kind, tiny))
+    folder = write_with(tmp_path / "model", model, tiny)
+    line = error_line(flags(folder, data, tmp_path / "out", "--target-modules", "query"), capsys)
+    assert "no causal language model" in line and not files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("switch", ["--load-in-4bit", "--no-load-in-4bit"])
+def test_a_base_that_comes_quantised_is_trained_as_it_is(tiny, tmp_path, capsys, switch):
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,  # of its maker: here fp32 counts
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=config)
+    folder = write_with(tmp_path / "model-bnb-4bit", model, tiny)
+    assert_one_step_equals_reference(folder, ROWS[:3], tmp_path / "out", switch)
+    assert "merge the adapter into its 16-bit original" in capsys.readouterr().out
+
+
+def test_a_model_without_chat_template_is_told_whose_is_used(tiny_models, data, tmp_path, capsys):
+    lf.main(flags(tiny_models(template="none"), data, tmp_path / "out", "--max-steps", 1))
+    assert "no chat template: trained with that of Alpaca" in capsys.readouterr().out
+
+
+def break_a_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def make_an_adapter(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+
+
+def lose_the_vocabulary(kind):
+    def change(folder):
+        damage(folder, "tokenizer.json", None)
+        damage(folder, "tokenizer_config.json", {"tokenizer_class": kind})
+
+    return change
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2200119864\n"
+CAUSES = {  # what is wrong with the folder: the words that tell it
+    "a weight is NaN": (break_a_weight, "no finite numbers"),
+    "an adapter": (make_an_adapter, "is an adapter", "base_model_name_or_path"),
+    "a pointer": (("model.safetensors", POINTER), "model.safetensors", "git lfs pull"),
+    "no vocabulary": (lose_the_vocabulary("LlamaTokenizer"), "tokenizer", "tokenizer.json"),
+    "no vocabulary, GPT-2": (lose_the_vocabulary("GPT2Tokenizer"), "tokenizer", "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+@pytest.mark.parametrize("switch", ["--load-in-4bit", "--no-load-in-4bit"])
+def test_what_is_wrong_with_a_model_is_named(tiny, data, tmp_path, capsys, cause, switch):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    change, *words = CAUSES[cause]
+    damage(model, *change) if isinstance(change, tuple) else change(model)
+    line = error_line(flags(model, data, tmp_path / "out", switch), capsys)
+    assert all(word in line for word in [str(model), *words])
+    assert not files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["./model", "/no/model", "a/b/model", "~/no model", "a\\b", ".."])
+def test_a_path_that_is_no_folder_is_not_asked_of_the_hub(
+    data, tmp_path, capsys, monkeypatch, name
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", None)
+    line = error_line(flags(name, data, tmp_path / "out"), capsys)
+    assert "no folder" in line or "tokenizer" in line
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(tiny, data, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    run = flags(tiny, data, tmp_path / "out", "--max-steps", 2)
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(lf.main, run).result()["step"] == 2
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_what_another_launcher_left_in_the_environment_is_no_order(tmp_path):
+    code = "import lora_finetune as lf; print(lf.RANK, lf.WORLD_SIZE)"
+    left = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, env=os.environ | left, capture_output=True, text=True)
+    assert found.stdout == "0 1\n", found.stderr
+
+
+@pytest.mark.parametrize(
+    "template, ends", [("chatml", {"<|im_end|>", "</s>"}), ("zephyr", {"</s>"})]
+)
+def test_generation_config_stops_at_the_end_of_a_turn_also_where_the_base_does_not(
+    tiny_models, data, tmp_path, template, ends
+):
+    folder = shutil.copytree(tiny_models(template=template), tmp_path / "model")
+    damage(folder, "tokenizer_config.json", {"eos_token": "</s>"})
+    damage(folder, "*config.json", {"eos_token_id": 2})
+    lf.main(flags(folder, data, tmp_path / "out", "--max-steps", 1))
+    config = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert set(tokenizer.convert_ids_to_tokens(config.eos_token_id)) == ends
+    assert not config.do_sample
+
+
+@pytest.mark.parametrize("flag, saved", [("64", "64"), ("7.5", "7.5")])
+def test_alpha_is_whole_where_it_is(tiny, data, tmp_path, flag, saved):
+    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 1, "--lora-alpha", flag))
+    text = (tmp_path / "out/adapter_config.json").read_text(encoding="utf-8")
+    assert f'"lora_alpha": {saved},' in text
+
+
+@pytest.mark.parametrize("slip", ["tokenize", "load_base", "micro_batches"])
+def test_a_slip_in_the_script_is_not_told_as_something_else(
+    tiny, data, tmp_path, monkeypatch, slip
+):
+    def misspelt(*args):
+        raise NameError("name 'tokeniser' is not defined")
+
+    monkeypatch.setattr(lf, slip, misspelt)
+    with pytest.raises(NameError):
+        lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 1))
+
+
+def test_traceback_shows_the_whole_of_an_error(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACEBACK", "1")
+    with pytest.raises(Exception, match="tokenizer"):
+        lf.main(flags(tmp_path, data, tmp_path / "out"))
