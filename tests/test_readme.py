@@ -13,7 +13,13 @@ import torch
 from conftest import llama_tokenizer
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import lora_finetune
 
@@ -44,12 +50,16 @@ def blocks(language):
     return [text for named, text in fenced if named == language]
 
 
-def follow(recipe, folder, old="", new=""):
-    """Run a recipe of the README in this folder, some text in it replaced; return its variables."""
+def follow(recipe, folder, *edits):
+    """Run a recipe of the README in this folder, edited: old, new, ...; return its variables."""
     names = {}
+    code = blocks("python")[recipe]
+    for old, new in zip(edits[::2], edits[1::2]):
+        assert old in code
+        code = code.replace(old, new)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        exec(blocks("python")[recipe].replace(old, new), names)
+        exec(code, names)
     return names
 
 
@@ -84,21 +94,6 @@ def train(model, home, *flags):
     options += " --batch-size 1 --gradient-accumulation-steps 1"
     paths = ["--model", str(model), "--dataset", str(home / "data.jsonl")]
     lora_finetune.main([*options.split(), *flags, *paths, "--output", str(home / FOLDER)])
-    stand_in(home / FOLDER)
-
-
-def stand_in(folder):
-    """What lora_finetune.py is going to write."""
-    config = json.loads((folder / "training_config.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if "prompt" not in config:
-        frame = lora_finetune.chat_frame(tokenizer)._asdict()
-        del frame["special"]
-        (folder / "training_config.json").write_text(json.dumps(config | {"prompt": frame}))
-        ids = tokenizer(frame["end"], add_special_tokens=False)["input_ids"]
-        stops = sorted({1, tokenizer.eos_token_id, ids[-1]})
-        config = GenerationConfig(eos_token_id=stops, pad_token_id=stops[0], do_sample=False)
-        config.save_pretrained(folder)
 
 
 Home = namedtuple("Home", ["folder", "base", "tokenizer", "prompt", "end", "text", "asked"])
@@ -187,12 +182,21 @@ def test_llama_cpp_finds_end_and_template_of_training_in_the_folder_to_convert(h
     assert "<s>" not in json.dumps(saved["post_processor"])
     tokenizer = AutoTokenizer.from_pretrained(home.folder / "output/ollama")
     assert found.chat_template == tokenizer.chat_template
-    assert not re.search("tool|think", found.chat_template.replace("<think>", ""))
+    prompt, text = by_template(tokenizer)
+    assert tokenizer(prompt)["input_ids"] == home.prompt
+    assert text == home.text
+    asked = by_template(tokenizer, enable_thinking=True, tools=[{"type": "function"}])
+    assert asked == (prompt, text)
+
+
+def by_template(tokenizer, **options):
+    """What the chat template makes of a question, and of a question and its answer."""
     asked = [{"role": "user", "content": QUESTION}]
     answered = [*asked, {"role": "assistant", "content": ANSWER}]
-    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    assert tokenizer(prompt)["input_ids"] == home.prompt
-    assert tokenizer.apply_chat_template(answered, tokenize=False) == home.text
+    return (
+        tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **options),
+        tokenizer.apply_chat_template(answered, tokenize=False, **options),
+    )
 
 
 def for_ollama(folder):
@@ -221,6 +225,53 @@ def test_the_modelfile_asks_and_stops_as_training_did(home):
     assert tokenizer.eos_token_id == home.end
 
 
+def blank_first(legacy):
+    """A tokenizer of TinyLlama's or, legacy, Llama 2's kind."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", "H", "o", "▁H", "▁Ho"]
+    vocab = {piece: id for id, piece in enumerate(pieces)}
+    return llama_tokenizer(vocab, [("▁", "H"), ("▁H", "o")], legacy)
+
+
+def prepare(tokenizer, folder):
+    """Follow the third recipe with this tokenizer; no model is needed for it."""
+    tokenizer.save_pretrained(folder / FOLDER)
+    note_prompt(tokenizer, folder / FOLDER)
+    (folder / "output/merged").mkdir()
+    follow(2, folder)
+    return AutoTokenizer.from_pretrained(folder / "output/ollama")
+
+
+@pytest.mark.parametrize("system", ['Say "no".', "Grüße, ▁ 你好", "\\d{2}\t{{ .Prompt", "'"])
+def test_the_system_text_is_written_as_it_stands(system, tiny, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    quoted = json.dumps(system, ensure_ascii=False)
+    tokenizer.chat_template = "{{ " + quoted + " }}" + offline_model.TEMPLATES["zephyr"]
+    text = as_trained(tokenizer)[2]
+    turns = prepare(tokenizer, tmp_path)
+    assert system in text and by_template(turns)[1] == text
+    assert "\\u" not in turns.chat_template  # llama.cpp refuses such a template
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_merging_leaves_the_tokenizer_as_it_is(legacy, tmp_path):
+    """transformers 5 forgets whether a blank was put after every control token, as Llama 2 has it."""
+    tokenizer = blank_first(legacy)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=300, **small))
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    model.save_pretrained(tmp_path / FOLDER)
+    base.generation_config.save_pretrained(tmp_path / FOLDER)
+    tokenizer.init_kwargs["legacy"] = legacy  # as lora_finetune.py saves it
+    tokenizer.save_pretrained(tmp_path / FOLDER)
+    follow(1, tmp_path)
+    merged = AutoTokenizer.from_pretrained(tmp_path / "output/merged")
+    for text in ["Ho", "<s>Ho", "</s>Ho Ho", " Ho"]:
+        assert merged.tokenize(text) == tokenizer.tokenize(text)
+
+
 def test_a_base_in_4_bits_is_merged_into_its_16_bit_original(able, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(
         able, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -228,11 +279,7 @@ def test_a_base_in_4_bits_is_merged_into_its_16_bit_original(able, tmp_path):
     model.save_pretrained(tmp_path / "able-bnb-4bit")
     AutoTokenizer.from_pretrained(able).save_pretrained(tmp_path / "able-bnb-4bit")
     train(tmp_path / "able-bnb-4bit", tmp_path)
-    way = re.search(r"`(PeftModel\.from_pretrained\(.*?, folder\))`", README, re.DOTALL)[1]
-    own = "AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float16)"
-    assert own in blocks("python")[1]
-    imports = "from transformers import AutoModelForCausalLM\nfrom peft import PeftModel\nmodel = "
-    follow(1, tmp_path, "model = " + own, imports + way.replace("16-bit base", able))
+    follow(1, tmp_path, "# model =", "model =", "the original", able)
     weights = load_file(tmp_path / "output/merged/model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "output/merged", dtype=torch.float32)
@@ -253,36 +300,27 @@ SPOKEN = {  # templates over a SentencePiece vocabulary, where a blank is put be
 @pytest.fixture(params=SPOKEN)
 def sentencepiece(request, tmp_path):
     """A folder where the third recipe was followed, a tokenizer of TinyLlama's kind, its prompt."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += ["▁", "H", "o", "▁H", "▁Ho"]
-    vocab = {piece: id for id, piece in enumerate(pieces)}
-    tokenizer = llama_tokenizer(vocab, [("▁", "H"), ("▁H", "o")], legacy=False)
+    tokenizer = blank_first(legacy=False)
     tokenizer.chat_template = SPOKEN[request.param]
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    tokenizer.save_pretrained(tmp_path / FOLDER)
-    (tmp_path / "output/merged").mkdir()
-    note_prompt(tokenizer, tmp_path / FOLDER)
-    follow(2, tmp_path)
-    return tmp_path, tokenizer, as_trained(tokenizer)[0]
+    return tmp_path, tokenizer, prepare(tokenizer, tmp_path), as_trained(tokenizer)[0]
 
 
 def test_a_blank_before_the_text_only_is_told_to_llama_cpp(sentencepiece):
     """Left alone, llama.cpp puts a blank after every control token too."""
-    folder, tokenizer, prompt = sentencepiece
+    folder, tokenizer, turns, prompt = sentencepiece
     config = json.loads((folder / "output/ollama/tokenizer_config.json").read_text())
     assert config["add_prefix_space"] is False
-    turns = AutoTokenizer.from_pretrained(folder / "output/ollama")
-    asked = [{"role": "user", "content": QUESTION}]
     plain = tokenizer.backend_tokenizer  # from here on as llama.cpp is told
     plain.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     by_ollama = rendered(for_ollama(folder)[0], QUESTION)
-    by_llama_cpp = turns.apply_chat_template(asked, tokenize=False)
+    by_llama_cpp = by_template(turns)[0]
     for text in [by_ollama, by_llama_cpp]:
         assert plain.encode(text, add_special_tokens=False).ids == prompt
 
 
 def test_llama_cpp_finds_tokens_that_the_sentencepiece_model_lacks(sentencepiece):
-    folder, tokenizer, _ = sentencepiece
+    folder, tokenizer, *_ = sentencepiece
     config = json.loads((folder / "output/ollama/tokenizer_config.json").read_text())
     told = config["added_tokens_decoder"]
     id = str(tokenizer.convert_tokens_to_ids("<|im_end|>"))
