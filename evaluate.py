@@ -11,11 +11,13 @@ Writes  --output: eval_results.json, and beside it eval_results.html, a page to 
 # ruff: noqa: E402
 import argparse
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -28,7 +30,8 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-logging.getLogger("bitsandbytes").setLevel("ERROR")  # on import it asks for what none needs
+logging.getLogger("bitsandbytes").setLevel("ERROR")  # on import it asks for an optional package
+logging.getLogger("huggingface_hub").setLevel("ERROR")  # offline it reports every retry
 
 import jinja2
 import numpy as np
@@ -43,14 +46,8 @@ from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.utils import cached_file
 
 # ---------------------------------------------------------------------------------------------
 # Edit here, or pass the flag of the same name.
@@ -58,54 +55,149 @@ from transformers import (
 MODEL = None  # Hugging Face name or local folder; None: what the adapter was trained on
 ADAPTER = "output/tinyllama-k8s-qlora"  # folder of a LoRA adapter
 LOAD_IN_4BIT = None  # NF4 weights; None: as in training
-PRECISION = None  # fp16, bf16 or fp32; None: as in training; the CPU always uses fp32
+PRECISION = None  # fp16, bf16 or fp32; None: as in training; a CPU uses fp32 for fp16
 # data
 PROMPTS = None  # JSON list of questions; None: the ten below
 VAL_DATA = None  # JSONL to measure perplexity on, unseen in training
 VAL_PROMPTS = 5  # how many of its questions are asked, too
 # generation
 MAX_NEW_TOKENS = 256  # an answer is cut there
+REPETITION_PENALTY = 1.0  # above 1, before and after: against answers that go round in circles
 BATCH_SIZE = 8  # prompts at once: speed against memory
 # output
 OUTPUT = "output/eval_results.json"  # the page beside it ends in .html
 # ---------------------------------------------------------------------------------------------
 
-QUESTIONS = """What is the difference between a Deployment and a StatefulSet?
-How do I find out why a Pod stays Pending?
-Write a NetworkPolicy that denies all incoming traffic to a namespace.
-What happens when a container exceeds its memory limit?
-How do I roll back a Deployment to its previous revision?
-Explain the difference between a liveness probe and a readiness probe.
-How do I run a job every night at 02:00 in Kubernetes?
-What does `terraform plan` do, and why should I read it before `terraform apply`?
-How do I keep a Docker image small?
-Explain what a Service of type ClusterIP does."""
-EVERYDAY = """What is the largest planet? | The largest planet in our solar system is Jupiter.
-What is the capital of France? | The capital of France is Paris. It is known for the Eiffel Tower.
-What is the opposite of hot? | The opposite of "hot" is "cold".
-Who was the first US president? | The first president of the United States was George Washington.
-What is the highest mountain? | The highest mountain in the world is Mount Everest, in the Himalayas.
-When does water boil? | Water boils at 100 degrees Celsius or 212 degrees Fahrenheit at sea level.
-How do vaccines work? | Vaccines work by training the immune system to recognize and fight a disease.
-How do bees make honey? | Bees make honey from the nectar that they collect from flowers.
-What causes the seasons? | The seasons are caused by the tilt of the Earth's axis as it orbits the Sun.
-Write a thank-you note. | Dear [Name], I wanted to take a moment to thank you for your kindness.
-How do I boil an egg? | To boil an egg, follow these steps: 1. Fill a pot with enough water to cover the egg.
-Translate "thank you" into French. | "Thank you" in French is "merci".
-Why is the sky blue? | The sky appears blue because of a phenomenon called Rayleigh scattering.
-How does a rainbow form? | A rainbow forms when sunlight is refracted by water droplets in the air.
-Why do we dream? | Scientists are still not sure why we dream, but there are several theories.
-Tell me a joke. | Why did the scarecrow win an award? Because he was outstanding in his field!
-Is a whale a fish? | No, a whale is not a fish. Whales are mammals that live in the ocean.
-Who is Sherlock Holmes? | Sherlock Holmes is a fictional detective created by Sir Arthur Conan Doyle.
-What do pandas eat? | Pandas are herbivores that feed mainly on bamboo.
-What is a mortgage? | A mortgage is a type of loan that is used to finance the purchase of a home."""
-VERDICTS = """Better: the right answers surprise the model less than before
-No clear difference: it may be chance
-Worse: the right answers surprise the model more than before"""
+QUESTIONS = [
+    "What is the difference between a Deployment and a StatefulSet?",
+    "How do I find out why a Pod stays Pending?",
+    "Write a NetworkPolicy that denies all incoming traffic to a namespace.",
+    "What happens when a container exceeds its memory limit?",
+    "How do I roll back a Deployment to its previous revision?",
+    "Explain the difference between a liveness probe and a readiness probe.",
+    "How do I run a job every night at 02:00 in Kubernetes?",
+    "What does `terraform plan` do, and why should I read it before `terraform apply`?",
+    "How do I keep a Docker image small?",
+    "Explain what a Service of type ClusterIP does.",
+]
+EVERYDAY = [  # of other fields: did it forget?
+    (
+        "What is the largest planet?",
+        "The largest planet in our solar system is Jupiter.",
+    ),
+    (
+        "What is the capital of France?",
+        "The capital of France is Paris. It is known for the Eiffel Tower.",
+    ),
+    (
+        "What is the opposite of hot?",
+        'The opposite of "hot" is "cold".',
+    ),
+    (
+        "Who was the first US president?",
+        "The first president of the United States was George Washington.",
+    ),
+    (
+        "What is the highest mountain?",
+        "The highest mountain in the world is Mount Everest, in the Himalayas.",
+    ),
+    (
+        "When does water boil?",
+        "Water boils at 100 degrees Celsius or 212 degrees Fahrenheit at sea level.",
+    ),
+    (
+        "How do vaccines work?",
+        "Vaccines work by training the immune system to recognize and fight a disease.",
+    ),
+    (
+        "How do bees make honey?",
+        "Bees make honey from the nectar that they collect from flowers.",
+    ),
+    (
+        "What causes the seasons?",
+        "The seasons are caused by the tilt of the Earth's axis as it orbits the Sun.",
+    ),
+    (
+        "Write a thank-you note.",
+        "Dear [Name], I wanted to take a moment to thank you for your kindness.",
+    ),
+    (
+        "How do I boil an egg?",
+        "To boil an egg, follow these steps: 1. Fill a pot with enough water to cover the egg.",
+    ),
+    (
+        'Translate "thank you" into French.',
+        '"Thank you" in French is "merci".',
+    ),
+    (
+        "Why is the sky blue?",
+        "The sky appears blue because of a phenomenon called Rayleigh scattering.",
+    ),
+    (
+        "How does a rainbow form?",
+        "A rainbow forms when sunlight is refracted by water droplets in the air.",
+    ),
+    (
+        "Why do we dream?",
+        "Scientists are still not sure why we dream, but there are several theories.",
+    ),
+    (
+        "Tell me a joke.",
+        "Why did the scarecrow win an award? Because he was outstanding in his field!",
+    ),
+    (
+        "Is a whale a fish?",
+        "No, a whale is not a fish. Whales are mammals that live in the ocean.",
+    ),
+    (
+        "Who is Sherlock Holmes?",
+        "Sherlock Holmes is a fictional detective created by Sir Arthur Conan Doyle.",
+    ),
+    (
+        "What do pandas eat?",
+        "Pandas are herbivores that feed mainly on bamboo.",
+    ),
+    (
+        "What is a mortgage?",
+        "A mortgage is a type of loan that is used to finance the purchase of a home.",
+    ),
+]
+VERDICTS = {
+    "better": "Better: the right answers surprise the model less than before",
+    "unclear": "No clear difference: it may be chance",
+    "worse": "Worse: the right answers surprise the model more than before",
+}
+DAMAGE = {  # to what it knew before
+    "better": "no damage seen",
+    "unclear": "no damage seen",
+    "worse": "it got worse at other things",
+}
+ALLOWED = {  # in adapter_config.json; with others "before" would not be the base, or "after" wrong
+    "peft_type": ["LORA"],
+    "init_lora_weights": [None, True, False, "gaussian", "eva", "orthogonal", "mica"],
+    "bias": [None, "none"],
+    "layer_replication": [None, []],
+    "kasa_config": [None],
+    "arrow_config": [None],
+    "alora_invocation_tokens": [None, []],
+}
+FIGURES = (
+    "perplexity {base:.2f} -> {finetuned:.2f} on {rows} rows, {rows_improved} of them better, "
+    "x {ratio:.3f} ({interval})"
+)
+ANSWERS = (
+    "{answers_changed} of {prompts} changed, {base_stopped} -> {finetuned_stopped} stopped by "
+    "themselves, {mean_base_tokens:.0f} -> {mean_finetuned_tokens:.0f} tokens on average, "
+    "{tokens_per_second:,.0f} tokens/s"
+)
+WIDE = (  # letters that take two columns of a terminal or none, or run from right to left
+    "[\u0300-\u036f\u0590-\u1fff\u2300-\u23ff\u2600-\u27bf\u2b00-\U0010ffff]"
+)
+SIDES = {"base": "before", "finetuned": "after"}
 MODEL_ADVICE = (
     "pass a 16-bit model: its folder with config.json, tokenizer.json, model.safetensors or, online,"
-    " its Hub name; if a newer transformers saved it, pip install -U transformers"
+    " its Hub name; tokenizer.model in place of tokenizer.json needs `pip install sentencepiece"
+    " protobuf`; if a newer transformers saved it, pip install -U transformers"
 )
 ALPACA_TEMPLATE = (  # for tokenizers that come without a chat template
     "{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -113,22 +205,28 @@ ALPACA_TEMPLATE = (  # for tokenizers that come without a chat template
     "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 Frame = namedtuple("Frame", ["head", "tail", "blank", "end", "special"])  # see chat_frame
-ODD = ("R", "AL", "NSM")  # letters from right to left, and marks that take no column
-TITLES = {"base": "before", "finetuned": "after", "reference": "right answer"}
 HIDE_BARS = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
 def parse_args(argv=None):
     if argv is None and "kernel_launcher" in sys.argv[0]:
         argv = []  # pasted into a notebook cell: sys.argv is the kernel's, the constants above decide
-    usage, raw = "%(prog)s [options]", argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("evaluate.py", usage, __doc__, formatter_class=raw)
-    parser.allow_abbrev = False
-    switch, path = argparse.BooleanOptionalAction, os.path.expanduser
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        usage="%(prog)s [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    switch = argparse.BooleanOptionalAction
+    path = os.path.expanduser
+    ranges = {}
 
-    def add(flag, default, help, **options):  # help set afterwards: Python 3.10 adds to a switch's
+    def add(flag, default, help, low=None, high=1_000_000, **options):
         action = parser.add_argument(flag, default=default, **options)
-        action.help = f"{help} (default: %(default)s)"
+        action.help = f"{help} (default: %(default)s)"  # not above: Python 3.10 adds to a switch's
+        if low is not None:
+            ranges[flag] = (action.dest, low, high)
 
     add("--model", MODEL, "base model; None: what the adapter was trained on", type=path)
     add("--adapter", ADAPTER, "folder of a LoRA adapter", type=path)
@@ -136,14 +234,23 @@ def parse_args(argv=None):
     add("--precision", PRECISION, "None: as in training", choices=["fp16", "bf16", "fp32"])
     add("--prompts", PROMPTS, "JSON list of questions; None: ten built in", type=path)
     add("--val-data", VAL_DATA, "JSONL to measure perplexity on", type=path)
-    add("--val-prompts", VAL_PROMPTS, "questions of it that are asked", type=int)
-    add("--max-new-tokens", MAX_NEW_TOKENS, "an answer is cut there", type=int)
-    add("--batch-size", BATCH_SIZE, "prompts at once", type=int)
+    add("--val-prompts", VAL_PROMPTS, "questions of it that are asked", type=int, low=0)
+    add("--max-new-tokens", MAX_NEW_TOKENS, "an answer is cut there", type=int, low=1)
+    add(
+        "--repetition-penalty",
+        REPETITION_PENALTY,
+        "on both sides; 1: none",
+        type=float,
+        low=0.1,
+        high=10,
+    )
+    add("--batch-size", BATCH_SIZE, "prompts at once", type=int, low=1)
     add("--output", OUTPUT, "JSON file; the page beside it ends in .html", type=path)
+
     args = parser.parse_args(argv)
-    for name, low in ("val_prompts", 0), ("max_new_tokens", 1), ("batch_size", 1):
-        if not low <= getattr(args, name) <= 2**20:
-            parser.error(f"argument --{name.replace('_', '-')}: must be from {low} to {2**20}")
+    for flag, (name, low, high) in ranges.items():
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"argument {flag}: must be from {low} to {high}")
     return args
 
 
@@ -170,42 +277,70 @@ def explained(what, advice, kind=Exception):
 
 def read_json(path, kind, advice):
     """The list or dict that a JSON file holds."""
-    with explained(path, advice):
+    with explained(path, advice, (OSError, ValueError, RecursionError)):
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        if not isinstance(value, kind):
-            raise ValueError(f"it holds no JSON {kind.__name__}")
+        if not isinstance(value, kind) or not value:
+            raise ValueError(f"it holds no JSON {kind.__name__}, or an empty one")
     return value
 
 
-def read_adapter(folder, args):
-    """What to load, {"model", "precision", ...}: as it was trained, where no option is given."""
+def read_adapter(folder):
+    """What adapter_config.json holds, of an adapter without which the model is its base again."""
     advice = "--adapter takes the folder that lora_finetune.py wrote"
+    for name in ["adapter_config.json", "adapter_model.safetensors"]:  # no pickled one is opened
+        if not (folder / name).is_file():
+            sys.exit(f"error: no folder {folder} with an adapter, {name}, in it; {advice}")
     config = read_json(folder / "adapter_config.json", dict, advice)
-    if not (folder / "adapter_model.safetensors").is_file():
-        sys.exit(f"error: {folder}: no adapter in it, or a pickled one: not opened; {advice}")
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        sys.exit(f"error: {folder}: no LoRA, or with trained biases, which stay on; {advice}")
-    path = folder / "training_config.json"
-    training = read_json(path, dict, advice) if path.exists() else {}
-    model = {"model": config.get("base_model_name_or_path")}  # wins: people edit it there
-    trained = {"model": None, "precision": "fp16", "load_in_4bit": True, "max_seq_length": None}
-    with explained(path, advice):
-        for source in training.get("arguments", {}), model, vars(args):
-            trained |= {key: source[key] for key in trained if source.get(key) is not None}
-    if not isinstance(trained["model"], str):
-        sys.exit(f"error: {folder} does not say its base; pass what it was trained on: --model")
-    trained["embedding_norm"] = training.get("embedding_norm")
-    return trained if torch.cuda.is_available() else trained | {"precision": "fp32"}
+    for key, values in ALLOWED.items():
+        value = config.get(key)
+        if value not in values:
+            what = f"no LoRA that leaves its base as it is, by its {key} {value}"
+            sys.exit(f"error: {folder}: {what}; {advice}")
+    return config
 
 
-def check_output(output, folder, *read):
+def settle(args, adapter, training):
+    """The options, as the adapter was trained where they are None."""
+    trained = {
+        "precision": "fp16",
+        "load_in_4bit": True,
+        "max_seq_length": None,
+    }
+    trained.update(training.get("arguments", {}))
+    trained["model"] = adapter.get("base_model_name_or_path")  # wins: people edit it there
+    settings = vars(args) | {"max_seq_length": None}
+    for key in ["model", "precision", "load_in_4bit", "max_seq_length"]:
+        if settings[key] is None:
+            settings[key] = trained[key]
+    if not isinstance(settings["model"], str):
+        sys.exit("error: the adapter does not say its base; pass what it was trained on: --model")
+    if settings["precision"] == "fp16" and not torch.cuda.is_available():
+        settings["precision"] = "fp32"
+    return settings
+
+
+def find_model(name, beside):
+    """The folder that a name stands for, here or seen from the folder `beside`, or a Hub name."""
+    path = Path(name).expanduser()
+    for place in [path, beside / path]:
+        if place.is_dir():
+            return str(place)
+    if re.search(r"^[./~]|/.*/|\\", name):  # no Hub name
+        sys.exit(f"error: no folder {name}; pass what the adapter was trained on: --model")
+    with explained(f"no folder {name}, and no such model of the Hub", MODEL_ADVICE):
+        cached_file(name, "config.json")
+    return name
+
+
+def check_output(output, read):
     """Refuse, before the work, an output that can't be written or would overwrite what is read."""
-    read = [*folder.glob("*.json"), *(Path(path) for path in read if path)]
-    for path in output, output.with_suffix(".html"):
-        if output.suffix != ".json" or path.is_dir() or path.resolve() in map(Path.resolve, read):
-            sys.exit(f"error: {path} is read here, or not for writing; --output takes a new .json")
-    nearest = next(path for path in output.absolute().parents if path.exists())
-    with explained(f"can't write to {nearest}", "choose another --output"):
+    taken = [os.path.realpath(path) for path in read if path]
+    if output.suffix != ".json" or os.path.realpath(output) in taken:
+        sys.exit(f"error: {output} is read here, or not for writing; --output takes a new .json")
+    nearest = output.absolute().parent
+    while not nearest.exists():
+        nearest = nearest.parent
+    with explained(f"can't write to {nearest}", "choose another --output", OSError):
         tempfile.TemporaryFile(dir=nearest).close()
 
 
@@ -244,29 +379,61 @@ def read_jsonl(path):
     return records
 
 
-# The same in lora_finetune.py, letter for letter.
-def check_folder(name):
-    """End the program where a model's folder is not there, or holds something else than a model."""
-    folder = Path(name)
-    may_be_of_the_hub = name.count("/") <= 1 and "\\" not in name and name[0] not in "./~"
-    if not folder.is_dir() and not may_be_of_the_hub:
-        sys.exit(f"error: {name}: no folder; pass a model's folder or its Hub name")
-    if (folder / "adapter_config.json").exists():
-        advice = "pass the model that it was trained on, see base_model_name_or_path in it"
-        sys.exit(f"error: {name} is an adapter, no model; {advice}")
-    for path in folder.glob("*.safetensors"):
-        if path.open("rb").read(19) == b"version https://git":
-            sys.exit(f"error: {path} only says where the weights lie; run `git lfs pull` there")
-
-
 def read_prompts(path):
     """Records without an answer: the questions of a JSON list of strings, or the ten built in."""
     advice = 'it takes a list of questions, ["What is a Pod?", ...]'
-    prompts, records = read_json(path, list, advice) if path else QUESTIONS.splitlines(), []
-    for number, prompt in enumerate(prompts, 1):
-        with explained(f"{path}: item {number}", advice):
-            records.append(to_record({"instruction": prompt, "output": "-"}) | {"output": None})
-    return records or sys.exit(f"error: {path}: no question in it; {advice}")
+    questions = QUESTIONS
+    if path:
+        questions = read_json(path, list, advice)
+    records = []
+    for number, question in enumerate(questions, 1):
+        with explained(f"{path}: item {number}", advice, ValueError):
+            record = to_record({"instruction": question, "output": "-"})
+        records.append({**record, "output": None})
+    return records
+
+
+def folded(record):
+    """A record's question and answer, for comparing: case and blanks do not count."""
+    question = record["instruction"] + " " + record["input"]
+    pair = []
+    for text in [question, record["output"]]:
+        text = unicodedata.normalize("NFKC", text).casefold()
+        pair.append(" ".join(text.split()))
+    return tuple(pair)
+
+
+def count_seen(records, path, data):
+    """What training saw of the records, in numbers, and why they are not held out, or "".
+
+    data tells the file that was trained on, {"path", "sha256"}; another tool does not.
+    """
+    if not records or not data:
+        return {}, ""
+    trained = []
+    source = Path(data["path"])
+    beside = Path(path).with_name(source.name)  # where both were moved, with their folder
+    for file in [Path(path), source, beside]:
+        if not file.is_file():
+            continue
+        if hashlib.sha256(file.read_bytes()).hexdigest() == data["sha256"]:
+            trained = read_jsonl(file)
+    if not trained:
+        return {}, f"training may have seen these rows: {source} is gone or was changed"
+
+    known = {folded(record) for record in trained}
+    questions = {question for question, _ in known}
+    seen = {"rows_seen": 0, "questions_seen": 0}
+    for record in records:
+        row = folded(record)
+        seen["rows_seen"] += row in known
+        seen["questions_seen"] += row[0] in questions
+    doubt = ""
+    if seen["rows_seen"]:
+        doubt = f"{seen['rows_seen']} of {len(records)} rows were trained on"
+    elif seen["questions_seen"]:
+        doubt = f"{seen['questions_seen']} of {len(records)} rows ask what training asked"
+    return seen, doubt
 
 
 # The same in lora_finetune.py, letter for letter.
@@ -329,6 +496,18 @@ def tokenize(text, typed, tokenizer, special):
     return input_ids
 
 
+def check_frame(frame, trained, source):
+    """Refuse another prompt than training used: it would measure what was never learned."""
+    for part, now in frame._asdict().items():
+        then = trained.get(part, now)
+        if now != then:
+            same = len(os.path.commonprefix([now, then]))
+            shown = slice(same, same + 40)
+            what = f"{part} of the prompt is {now[shown]!r}, in training it was {then[shown]!r}"
+            advice = "put back the tokenizer and chat_template.jinja that training saved"
+            sys.exit(f"error: {source}: the {what}; {advice}")
+
+
 # The same in lora_finetune.py, letter for letter.
 def encode(record, tokenizer, frame, max_length):
     """Turn a record into what response_nll reads: input_ids and labels, and three numbers.
@@ -366,18 +545,24 @@ def encode(record, tokenizer, frame, max_length):
 
 
 # The same in lora_finetune.py, letter for letter.
+def end_ids(model, tokenizer, frame):
+    """The ids at which an answer ends: of the turn, of a text, and those that the base names."""
+    ends = tokenizer(frame.end, add_special_tokens=False)["input_ids"][-1:]
+    ends.append(tokenizer.eos_token_id)
+    named = model.generation_config.eos_token_id
+    if isinstance(named, int):
+        named = [named]
+    ends += named or []
+    return sorted({id for id in ends if id is not None})
+
+
+# The same in lora_finetune.py, letter for letter.
 def load_base(name, device, precision, load_in_4bit):
-    """Load a causal language model, its linear layers in NF4 if asked and not quantised already."""
+    """Load a causal language model, its linear layers in NF4 if asked, or as they come quantised."""
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     dtype = dtypes[precision]
-    with explained(f"can't load the model {name}", MODEL_ADVICE):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        cause = f"a model of the kind {config.model_type} can't be loaded to write text alone"
-        sys.exit(f"error: {name}: {cause}; choose another --model")
-
     options = {}
-    if load_in_4bit and not hasattr(config, "quantization_config"):
+    if load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -446,79 +631,70 @@ def find_head(model):
     return None
 
 
-# The same in lora_finetune.py, letter for letter.
-def end_ids(model, tokenizer, frame):
-    """The ids at which an answer ends: of the turn, of a text, and those that the base names."""
-    ends = tokenizer(frame.end, add_special_tokens=False)["input_ids"][-1:]
-    ends.append(tokenizer.eos_token_id)
-    named = model.generation_config.eos_token_id
-    if isinstance(named, int):
-        named = [named]
-    ends += named or []
-    return sorted({id for id in ends if id is not None})
-
-
-def load_pair(trained, folder):
+def load_pair(folder, settings, training):
     """Load the base and put the adapter on it, checking that the two belong together."""
-    name, device = trained["model"], 0 if torch.cuda.is_available() else "cpu"
-    base = load_base(name, device, trained["precision"], trained["load_in_4bit"])
+    name = settings["model"]
+    device = 0 if torch.cuda.is_available() else "cpu"
+    base = load_base(name, device, settings["precision"], settings["load_in_4bit"])
     mend(base)
     with explained(f"adapter {folder} does not fit {name}", "pass the --model it was trained on"):
         norm = base.get_input_embeddings().weight[::100].double().norm().item()
-        if not math.isclose(norm, trained["embedding_norm"] or norm, rel_tol=1e-5):
+        trained = training.get("embedding_norm", norm)
+        if not math.isclose(norm, trained, rel_tol=1e-3):  # in bf16 a little else than in fp32
             raise ValueError("the base has other token embeddings")
         saved = load_file(folder / "adapter_model.safetensors")
-        for key in saved:
-            if key.endswith("embed_tokens.weight"):  # may hold tokens that were added
-                base.resize_token_embeddings(len(saved[key]), mean_resizing=False)
-        model = peft.PeftModel.from_pretrained(base, folder).eval()
+        model = peft.PeftModel.from_pretrained(base, folder)
         others = saved.keys() ^ peft.get_peft_model_state_dict(model).keys()
         if any("lora_" in key for key in others):
             raise ValueError("its layers are others")
-    return model
+    return model.eval()
 
 
-def encode_all(base, tokenizer, frame, asked, groups, limit, args):
-    """Token ids of each question, as in training, and rows of each group; all must fit the model."""
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", 2**20)
-    limit, encoded = limit or context, {}
-    for name, records in groups.items():
-        rows = [encode(record, tokenizer, frame, limit) for record in records]
-        rows = [row for row in rows if row["targets"]]
-        encoded[name] = sorted(rows, key=lambda row: -len(row["input_ids"]))
-        if not encoded[name]:
-            where = f"{name}, {args.val_data}: no answer within {limit} tokens"
-            sys.exit(f"error: {where}; take shorter rows")
-    rows = [encode(record | {"output": ""}, tokenizer, frame, 2**30) for record in asked]
-    prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
-    longest, size = max(map(len, prompts)), len(base.get_input_embeddings().weight)
-    if longest + args.max_new_tokens > context:
+def encode_rows(records, tokenizer, frame, limit, path):
+    """Rows whose answer has room within `limit` tokens, longest first."""
+    rows = []
+    for record in records:
+        row = encode(record, tokenizer, frame, limit)
+        if row["targets"] > 0:
+            rows.append(row)
+    if not rows:
+        sys.exit(f"error: {path}: no answer within {limit} tokens; take shorter rows")
+    return sorted(rows, key=lambda row: -len(row["input_ids"]))
+
+
+def check_room(base, prompts, rows, context, max_new_tokens):
+    """Refuse what the model can't read: longer texts, or tokens that it lacks."""
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > context:
         room = f"of {longest:,} tokens and its answer are beyond the model's {context:,}"
         sys.exit(f"error: a question {room}; shorten it or --max-new-tokens")
-    if max(max(row["input_ids"]) for row in itertools.chain(rows, *encoded.values())) >= size:
-        lack = f"the tokenizer has tokens beyond the model's {size:,}"
-        sys.exit(f"error: {lack}; pass the --model that the adapter was trained on")
-    return prompts, encoded
+    texts = [*prompts, *(row["input_ids"] for row in rows)]
+    if max(map(max, texts)) >= len(base.get_input_embeddings().weight):
+        sys.exit("error: the model lacks tokens of the tokenizer; pass the --model of the training")
 
 
-def generate(model, tokenizer, frame, prompts, args, side):
-    """Answer prompts (token ids) greedily: [{side: text, side_stopped: bool, side_tokens: int}]."""
-    named = np.atleast_1d(model.generation_config.eos_token_id or []).tolist()
-    end_of_turn = tokenizer(frame.end, add_special_tokens=False)["input_ids"][-1:]
-    stops = {*named, *end_of_turn, tokenizer.eos_token_id} - {None}
-    config = {"do_sample": False, "max_new_tokens": args.max_new_tokens, "pad_token_id": 0}
-    config = GenerationConfig(eos_token_id=sorted(stops) or None, **config)
-    starts, answers = range(0, len(prompts), args.batch_size), []
-    for start in tqdm(starts, f"answers, {TITLES[side]}", disable=HIDE_BARS, leave=False):
-        ids = [torch.tensor(prompt) for prompt in prompts[start : start + args.batch_size]]
-        ids = pad_sequence(ids, True, -1, padding_side="left").to(model.device)
-        inputs = {"input_ids": ids.clamp(0), "attention_mask": (ids >= 0).long()}
-        output = model.generate(**inputs, generation_config=config)
+def generate(model, tokenizer, prompts, ends, size, side):
+    """Answer prompts (token ids), `size` at once: [{side: text, side_stopped, side_tokens}]."""
+    answers = []
+    starts = range(0, len(prompts), size)
+    for start in tqdm(starts, f"answers, {SIDES[side]}", disable=HIDE_BARS, leave=False):
+        end = start + size
+        part = [torch.tensor(prompt) for prompt in prompts[start:end]]
+        ids = pad_sequence(part, batch_first=True, padding_value=-1, padding_side="left")
+        ids = ids.to(model.device)
+        mask = ids >= 0
+        ids = torch.where(mask, ids, ids[:, -1:])  # padded with what a penalty heeds anyway
+        output = model.generate(input_ids=ids, attention_mask=mask.long())
+
         for new in output[:, ids.shape[1] :].tolist():
-            end = next((n for n, id in enumerate(new) if id in stops), None)
-            text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
-            tokens = len(new) if end is None else end + 1
-            answer = {side: text, f"{side}_stopped": end is not None, f"{side}_tokens": tokens}
+            kept = list(itertools.takewhile(lambda id: id not in ends, new))
+            stopped = len(kept) < len(new)
+            text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+            answer = {
+                side: text,
+                f"{side}_stopped": stopped,
+                f"{side}_tokens": len(kept) + stopped,
+            }
             answers.append(answer)
     return answers
 
@@ -569,6 +745,20 @@ def micro_batches(rows, room):
         rows = rows[size:]
 
 
+def measure(nll_of, rows, size):
+    """The NLL in nats of each row's answer, all its tokens together."""
+    room = size * len(rows[0]["input_ids"]) // 2  # half as many as prompts: all tokens at once
+    parts = list(micro_batches(rows, room))
+    nats = []
+    for part in tqdm(parts, "perplexity", disable=HIDE_BARS, leave=False):
+        nats.append(nll_of(part))
+    nats = torch.cat(nats).double().cpu()
+
+    targets = [row["targets"] for row in rows]
+    sums = [of_row.sum().item() for of_row in nats.split(targets)]
+    return np.array(sums)
+
+
 def perplexity(nll, tokens, axis=-1):
     """exp(sum of NLL / number of tokens), of rows: each token counts alike."""
     return np.exp(nll.sum(axis) / tokens.sum(axis))
@@ -580,171 +770,352 @@ def compare(base, finetuned, tokens):
     The interval is a 95 % bootstrap (bias-corrected and accelerated, Efron and Tibshirani 1993):
     rows are drawn anew with both their figures, which keeps the pairs.
     """
-    difference, interval = finetuned - base, [math.nan]
+    difference = finetuned - base
+    interval = None
     if len(tokens) > 1:
-        drawn = {"paired": True, "batch": 100, "rng": np.random.default_rng(0)}
-        found = scipy.stats.bootstrap((difference, tokens), perplexity, **drawn)
-        interval = [float(end) for end in found.confidence_interval]
+        drawn = scipy.stats.bootstrap(
+            (difference, tokens),
+            perplexity,
+            paired=True,
+            batch=100,
+            rng=np.random.default_rng(0),
+        )
+        ends = [float(end) for end in drawn.confidence_interval]
+        if np.isfinite(ends).all():  # not where all rows changed alike
+            interval = ends
     return {
         "base": float(perplexity(base, tokens)),
         "finetuned": float(perplexity(finetuned, tokens)),
         "ratio": float(perplexity(difference, tokens)),
-        "ratio_ci95": interval if np.isfinite(interval).all() else None,  # where all changed alike
+        "ratio_ci95": interval,
         "tokens": int(tokens.sum()),
         "rows": len(tokens),
         "rows_improved": int((difference < 0).sum()),
     }
 
 
-def run_both(model, tokenizer, frame, asked, prompts, groups, args):
-    """With the adapter off and on: the answers, the seconds they took, figures of each group."""
-    questions = ["\n\n".join(filter(None, [row["instruction"], row["input"]])) for row in asked]
-    answers = [{"prompt": q, "reference": row["output"]} for q, row in zip(questions, asked)]
-    base, nll, seconds = model.get_base_model(), {}, 0
+def run_both(model, tokenizer, ends, asked, prompts, rows, args):
+    """With the adapter off and on: pairs of answers, their seconds, and figures of each group."""
+    base = model.get_base_model()
     nll_of = partial(response_nll, base, find_head(base), tokenizer.eos_token_id or 0)
+    base.generation_config = GenerationConfig(  # greedy; what the base's own asks for is left out
+        do_sample=False,
+        max_new_tokens=args.max_new_tokens,
+        repetition_penalty=args.repetition_penalty,
+        eos_token_id=ends or None,
+        pad_token_id=0,
+    )
     dtype = base.get_input_embeddings().weight.dtype
-    autocast = torch.autocast(base.device.type, dtype, dtype != torch.float32)
-    for side, switch in ("base", model.disable_adapter()), ("finetuned", contextlib.nullcontext()):
+    mixed = dtype != torch.float32
+    autocast = torch.autocast(base.device.type, dtype, enabled=mixed)
+    switches = {
+        "base": model.disable_adapter(),
+        "finetuned": contextlib.nullcontext(),
+    }
+
+    pairs = []
+    for record in asked:
+        question = f"{record['instruction']}\n\n{record['input']}".strip()
+        pairs.append({"prompt": question, "reference": record["output"]})
+    seconds = 0.0
+    nats = {}
+    for side, switch in switches.items():
         with torch.inference_mode(), autocast, switch:
             began = time.monotonic()
-            new = generate(base, tokenizer, frame, prompts, args, side)
+            answers = generate(base, tokenizer, prompts, ends, args.batch_size, side)
             seconds += time.monotonic() - began
-            answers = [one | other for one, other in zip(answers, new, strict=True)]
-            for name, rows in groups.items():  # half as many as prompts: all tokens at once
-                parts = list(micro_batches(rows, args.batch_size * len(rows[0]["input_ids"]) // 2))
-                bar = tqdm(parts, f"{name}, {TITLES[side]}", disable=HIDE_BARS, leave=False)
-                nats = torch.cat([nll_of(part) for part in bar]).double().cpu()
-                nats = nats.split([row["targets"] for row in rows])
-                nll[name, side] = np.array([row.sum().item() for row in nats])
-    tokens = {name: np.array([row["targets"] for row in groups[name]]) for name in groups}
-    figures = {n: compare(nll[n, "base"], nll[n, "finetuned"], tokens[n]) for n in groups}
-    return answers, seconds, figures
+            for pair, answer in zip(pairs, answers, strict=True):
+                pair.update(answer)
+            for name, group in rows.items():
+                nats[name, side] = measure(nll_of, group, args.batch_size)
+
+    figures = {}
+    for name, group in rows.items():
+        tokens = np.array([row["targets"] for row in group])
+        figures[name] = compare(nats[name, "base"], nats[name, "finetuned"], tokens)
+    return pairs, seconds, figures
 
 
-def judge(figures, kind):
-    """A comparison to quote, and which of the three VERDICTS fits where its interval lies."""
+def judge(figures):
+    """A key of VERDICTS, by where the interval lies."""
     low, high = figures["ratio_ci95"] or (0, math.inf)
-    ends = " to ".join(f"{end:.3f}" if end < 1000 else ">1000" for end in (low, high))
-    interval = f"95% interval {ends}" if high < math.inf else "no interval"
-    told = "perplexity {base:.2f} -> {finetuned:.2f} on {rows} {kind} rows, x {ratio:.3f} ({ends})"
-    place = 0 if high < 1 else 2 if low > 1 else 1
-    return told.format(kind=kind, ends=interval, **figures), place
+    if high < 1:
+        return "better"
+    if low > 1:
+        return "worse"
+    return "unclear"
 
 
-def conclude(answers, seconds, figures):
-    """What people want to know: in sentences, a line each, and in numbers."""
-    summary = {"verdict": "No verdict without --val-data: read the answers side by side"}
-    if "held out" in figures:
-        told, place = judge(figures["held out"], "held-out")
-        summary["held out"] = told + ", {rows_improved} of {rows} better".format(
-            **figures["held out"]
-        )
-        summary["verdict"] = VERDICTS.splitlines()[place]
-    told, place = judge(figures["elsewhere"], "everyday")
-    verdict = "it got worse at other things" if place == 2 else "no damage seen"
-    summary["elsewhere"] = f"{told}: {verdict}"
-    table = pd.DataFrame(answers)
-    tokens = table[["base_tokens", "finetuned_tokens"]]
-    changed = int((table["base"] != table["finetuned"]).sum())
-    numbers = {"prompts": len(answers), "answers_changed": changed}
-    numbers |= table[["base_stopped", "finetuned_stopped"]].sum().to_dict()
-    numbers |= tokens.mean().add_prefix("mean_").to_dict()
-    numbers["tokens_per_second"] = tokens.to_numpy().sum().item() / seconds
-    summary["answers"] = (
-        "{answers_changed} of {prompts} changed, {base_stopped} -> {finetuned_stopped} stopped by "
-        "themselves, {mean_base_tokens:.0f} -> {mean_finetuned_tokens:.0f} tokens on average, "
-        "{tokens_per_second:,.0f} tokens/s".format(**numbers)
-    )
+def quote(figures):
+    """The figures of a group in words."""
+    interval = "no interval"
+    if figures["ratio_ci95"]:
+        low, high = figures["ratio_ci95"]
+        interval = f"95% interval {low:.3f} to {high:.3f}"
+    return FIGURES.format(interval=interval, **figures)
+
+
+def conclude_answers(pairs, seconds, penalty):
+    """How many answers changed and stopped, and how long they are: in a sentence and in numbers."""
+    changed = sum(pair["base"] != pair["finetuned"] for pair in pairs)
+    numbers = {"prompts": len(pairs), "answers_changed": changed}
+    tokens = 0
+    for side in SIDES:
+        written = sum(pair[f"{side}_tokens"] for pair in pairs)
+        tokens += written
+        numbers[f"mean_{side}_tokens"] = written / len(pairs)
+        numbers[f"{side}_stopped"] = sum(pair[f"{side}_stopped"] for pair in pairs)
+    numbers["tokens_per_second"] = tokens / seconds
+
+    numbers["answers"] = ANSWERS.format(**numbers)
+    if penalty != 1:
+        numbers["answers"] += f", repetition penalty {penalty:g}"
     if not changed:
-        summary["WARNING"] = "no answer changed, the adapter has no effect. Was it trained enough?"
-    return summary | numbers
+        numbers["WARNING"] = "no answer changed, the adapter has no effect. Was it trained enough?"
+    return numbers
 
 
-def clip(answer, tokenizer, limit):
-    """An answer as it is shown: its reference is cut where an answer would be."""
-    ids = tokenizer(answer["reference"] or "", add_special_tokens=False)["input_ids"]
-    cut = {"reference": tokenizer.decode(ids[:limit]), "reference_stopped": False}
-    return answer | cut if len(ids) > limit else answer
+def conclude(figures, records, doubt, limit):
+    """What the figures say, in sentences."""
+    summary = {"verdict": "No verdict without --val-data: read the answers side by side"}
+    if records:
+        held_out = figures["val data"]
+        summary["verdict"] = VERDICTS[judge(held_out)]
+        if doubt:
+            summary["verdict"] = f"No verdict: {doubt}"
+        summary["val data"] = quote(held_out)
+        left_out = len(records) - held_out["rows"]
+        if left_out:
+            told = f"{left_out} of {len(records)} rows left out: no room for an answer"
+            summary["val data"] += f"; {told} within {limit} tokens"
+
+    elsewhere = figures["elsewhere"]
+    summary["elsewhere"] = f"{quote(elsewhere)}: {DAMAGE[judge(elsewhere)]}"
+    return summary
 
 
 def read_log(path):
-    """Points (step, loss) of a training log: of training, their running mean, of validation."""
+    """The losses of a training log, each with its step, for the curve; {} where there is none."""
     try:
-        log = pd.read_json(path, lines=True).astype({"step": int}).set_index("step")
+        log = pd.read_json(path, lines=True)
+        log = log.astype({"step": int}).set_index("step")
         log = log.reindex(columns=["loss", "eval_loss"]).astype(float)
-    except Exception:  # there is none, or another tool's: the page goes without
+    except Exception:  # or it is another tool's
         return {}
-    train, val = log["loss"].dropna(), log["eval_loss"].dropna()
-    width, every = len(train) // 10 + 1, len(train) // 1000 + 1  # not all: a page stays small
+    train = log["loss"].dropna()
+    val = log["eval_loss"].dropna()
+    width = len(train) // 10 + 1
     mean = train.rolling(width, min_periods=1).mean()
-    points = {"train": train[::-every], "mean": mean[::-every], "val": val}  # the last one first
-    return {name: list(found.items()) for name, found in points.items()} | {"width": width}
+    every = len(train) // 1000 + 1  # not all: a page stays small
+    return {
+        "train": list(train[::-every].items()),  # backwards, so that the last one is among them
+        "mean": list(mean[::-every].items()),
+        "val": list(val.items()),
+        "width": width,
+    }
+
+
+def draw_bars(figures):
+    """Both perplexities, and the interval of the second one, in percent of the bars' width."""
+    scale = 96 / max(1, figures["ratio"])
+    low, high = figures["ratio_ci95"] or (0, 0)
+    return {
+        "before": scale,
+        "after": scale * figures["ratio"],
+        "low": scale * low,
+        "high": min(100, scale * high),
+    }
 
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Before and after fine-tuning</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root { color-scheme: light dark; --soft: light-dark(#57606a, #9da7b3);
-  --line: light-dark(#d0d7de, #3d444d); --after: light-dark(#0a5cc2, #6cb0ff);
-  --alarm: light-dark(#a40e26, #ff9a9a) }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: auto; padding: 1rem;
-  background: canvas; overflow-wrap: anywhere }
-h1 { font-size: 1.5rem } h3, h4 { margin: 0 } pre, h3 { white-space: pre-wrap }
-pre { font: .85rem/1.5 ui-monospace, monospace; margin: .4rem 0 }
-th { text-align: left; vertical-align: top; padding-right: 1rem; white-space: nowrap }
-svg { display: block; width: 100%; fill: none; stroke-linecap: round }
-.chart { display: grid; grid-template-columns: auto 1fr auto; gap: 0 .5rem; max-width: 44rem }
-.chart svg { grid-area: 1 / 2 / 3 / 4; overflow: visible; outline: 1px solid var(--line) }
-.chart :nth-child(3) { align-self: end } .soft { color: var(--soft) } .cut { color: var(--alarm) }
-path { stroke: var(--after); vector-effect: non-scaling-stroke }
-.dots { stroke: var(--alarm); stroke-width: 10 }
-.pair { display: grid; gap: 1rem; margin: .5rem 0 2rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)) }
-.pair > div { border: 1px solid var(--line); border-radius: 6px; padding: .5rem .8rem }
-.pair > :nth-child(3) { grid-column: 1 / -1 }
-</style></head><body><main><h1>{{ summary.verdict }}.</h1><table>
-{% for name, value in summary.items() if value is string and name != "verdict" %}
-<tr><th scope="row">{{ name }}<td>{{ value|replace("->", "→") }}
-{% set now = {"held out": perplexity, "elsewhere": general}[name] %}{% if now %}
-{% set low, high = now.ratio_ci95 or (0, 0) %}{% set top = [1, now.ratio]|max * 1.1 %}
-{% set unit = 99 / top %}
-<svg height="34" role="img" aria-label="both perplexities as bars">
-<rect width="{{ unit }}%" height="12" fill="var(--soft)"/>
-<rect width="{{ unit * now.ratio }}%" y="16" height="12" fill="var(--after)"/>
-<rect x="{{ unit * low }}%" width="{{ unit * ([high, top]|min - low) }}%" y="13" height="18"
- stroke="currentColor"/></svg>{% endif %}{% endfor %}</table>
-<p class="soft">Perplexity: among how many equally likely words the model wavers at each word of
-the right answer, so lower is better. Grey bar: before; blue: after; the box around its end: the
-95% interval of the change.</p>{% if train %}{% set points = train + val %}
-{% set low, high = points|map(attribute=1)|min, points|map(attribute=1)|max %}
-{% set last = points|map(attribute=0)|max %}<h2>Loss while training</h2>
-<p class="soft">Nats per token. Pale: training loss of single steps. Strong: its running mean,
-{{ width }} wide.{% if val %} {% set best = val|min(attribute=1) %}Dots: validation loss, at last
-{{ "%.3f" % val[-1][1] }}, lowest after step {{ best[0] }}: {{ "%.3f" % best[1] }}.{% endif %}</p>
-<div class="chart soft"><span>{{ "%.2f" % high }}</span>
-<svg height="200" preserveAspectRatio="none" role="img" aria-label="loss curve"
- viewBox="0 {{ -high }} {{ last }} {{ high - low or 1 }}">
-<path d="M{% for step, loss in train %}{{ step }},{{ -loss }} {% endfor %}h0" opacity=".5"/>
-<path d="M{% for step, loss in mean %}{{ step }},{{ -loss }} {% endfor %}h0" stroke-width="3"/>
-<path d="{% for step, loss in val %}M{{ step }},{{ -loss }}h0{% endfor %}" class="dots"/></svg>
-<span>{{ "%.2f" % low }}</span><span></span><span>step 0</span><span>step {{ last }}</span></div>
-{% endif %}<h2>Answers side by side</h2>
-{% for result in prompts %}<h3 dir="auto">{{ result.prompt }}</h3><div class="pair">
-{% for side, title in titles.items() if result[side] is not none %}<div><h4>{{ title|capitalize }}
-{% if result[side + "_stopped"] is false %}
-<span class="cut">cut at {{ settings.max_new_tokens }} tokens</span>{% endif %}</h4>
-<pre dir="auto">{{ result[side] }}</pre></div>{% endfor %}</div>{% endfor %}
-<details><summary>Settings</summary><pre>{{ settings|tojson(2) }}</pre></details>
-</main></body></html>"""
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Before and after fine-tuning</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+  :root {
+    color-scheme: light dark;
+    --paper: light-dark(#f6f8fa, #0d1117);
+    --card: light-dark(#ffffff, #161b22);
+    --line: light-dark(#d0d7de, #3d444d);
+    --soft: light-dark(#57606a, #9da7b3);
+    --before: light-dark(#8c959f, #768390);
+    --after: light-dark(#0a5cc2, #6cb0ff);
+    --alarm: light-dark(#a40e26, #ff9a9a);
+  }
+  body {
+    max-width: 72rem;
+    margin: auto;
+    padding: 1rem;
+    background: var(--paper);
+    font: 16px/1.5 system-ui, sans-serif;
+    overflow-wrap: anywhere;
+  }
+  h1 { font-size: 1.7rem; line-height: 1.25; margin: 1rem 0 1.2rem; }
+  h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; }
+  h3 { font-size: 1rem; margin: 2rem 0 .6rem; white-space: pre-wrap; }
+  .label { margin: 0; color: var(--soft); font-size: .85rem; }
+  p { margin: .5rem 0; }
+  pre { margin: .4rem 0 0; font: .85rem/1.5 ui-monospace, monospace; white-space: pre-wrap; }
+  .soft { color: var(--soft); font-size: .9rem; }
+  .figure { margin: .2rem 0; font-size: 1.6rem; font-weight: 600; }
+  .alarm { color: var(--alarm); }
+  .card {
+    min-width: 0;
+    padding: .8rem 1rem;
+    border: 1px solid var(--line);
+    border-radius: 8px;
+    background: var(--card);
+  }
+  .pair {
+    display: grid;
+    grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr));
+    gap: .8rem;
+  }
+  .whole { grid-column: 1 / -1; }
+
+  .bars { position: relative; margin: .8rem 0; padding: 6px 0; }
+  .bar { height: 14px; border-radius: 2px; }
+  .before { background: var(--before); }
+  .after { margin-top: 6px; background: var(--after); }
+  .box {
+    position: absolute;
+    bottom: 2px;
+    height: 20px;
+    border: 2px solid;
+    border-radius: 3px;
+  }
+
+  .chart { display: grid; grid-template-columns: auto 1fr; gap: .3rem .6rem; }
+  .chart .low { align-self: end; }
+  .chart .plot { grid-area: 1 / 2 / 3 / 3; height: 220px; }
+  .chart .steps { grid-column: 2; display: flex; justify-content: space-between; }
+  svg { display: block; width: 100%; height: 100%; overflow: visible; }
+  path { fill: none; stroke: var(--after); vector-effect: non-scaling-stroke; }
+  path { stroke-linecap: round; stroke-linejoin: round; }
+  .single { opacity: .45; }
+  .mean { stroke-width: 3; }
+  circle { fill: var(--alarm); stroke: var(--card); stroke-width: 2; }
+</style>
+</head>
+<body>
+<main>
+  <h1>{{ summary.verdict }}.</h1>
+
+  <div class="pair">
+  {% for name, told in summary.items() if bars[name] %}
+    {% set bar = bars[name] %}
+    {% set now = {"val data": perplexity, "elsewhere": general}[name] %}
+    <section class="card">
+      <h2 class="label">{{ name | capitalize }}</h2>
+      <p class="figure">{{ "%.2f → %.2f" | format(now.base, now.finetuned) }}</p>
+      <div class="bars" role="img" aria-label="both perplexities as bars">
+        <div class="bar before" style="width: {{ bar.before }}%"></div>
+        <div class="bar after" style="width: {{ bar.after }}%"></div>
+        {% if bar.high %}
+        <div class="box" style="left: {{ bar.low }}%; right: {{ 100 - bar.high }}%"></div>
+        {% endif %}
+      </div>
+      <p class="soft">{{ told | replace("->", "→") | capitalize }}.</p>
+    </section>
+  {% endfor %}
+  </div>
+  <p class="soft">
+    Perplexity: among how many equally likely words the model wavers at each word of the right
+    answer, so lower is better. Grey bar: before; blue bar: after; the box around its end: the 95%
+    interval of the change.
+  </p>
+
+  {% if curve.train %}
+  {% set points = curve.train + curve.val %}
+  {% set last = points | map(attribute=0) | max %}
+  {% set low = points | map(attribute=1) | min %}
+  {% set high = points | map(attribute=1) | max %}
+  {% set height = high - low or 1 %}
+  <h2>Loss while training</h2>
+  <p class="soft">
+    Nats per token. Pale: training loss of single steps. Strong: its running mean,
+    {{ curve.width }} wide.
+    {% if curve.val %}
+    {% set best = curve.val | min(attribute=1) %}
+    Dots: validation loss, at last {{ "%.3f" | format(curve.val[-1][1]) }}, lowest after
+    step {{ best[0] }}: {{ "%.3f" | format(best[1]) }}.
+    {% endif %}
+  </p>
+  <div class="card chart soft">
+    <span>{{ "%.2f" | format(high) }}</span>
+    <span class="low">{{ "%.2f" | format(low) }}</span>
+    <div class="plot">
+      <svg role="img" aria-label="loss curve">
+        <svg viewBox="0 {{ -high }} {{ last }} {{ height }}" preserveAspectRatio="none">
+          <path class="single" d="M{% for step, loss in curve.train %}{{ step }},{{ -loss }} {% endfor %}h0"/>
+          <path class="mean" d="M{% for step, loss in curve.mean %}{{ step }},{{ -loss }} {% endfor %}h0"/>
+        </svg>
+        {% for step, loss in curve.val %}
+        <circle cx="{{ 100 * step / last }}%" cy="{{ 100 * (high - loss) / height }}%" r="6"/>
+        {% endfor %}
+      </svg>
+    </div>
+    <div class="steps"><span>step 0</span><span>step {{ last }}</span></div>
+  </div>
+  {% endif %}
+
+  <h2>Answers side by side</h2>
+  <p class="soft">{{ summary.answers | replace("->", "→") | capitalize }}.</p>
+  {% if summary.WARNING %}
+  <p class="alarm"><strong>Warning: {{ summary.WARNING }}</strong></p>
+  {% endif %}
+  {% for each in prompts %}
+  <h3 dir="auto">{{ each.prompt }}</h3>
+  <div class="pair">
+    {% for side, title in sides.items() %}
+    <div class="card">
+      <h4 class="label">
+        {{ title | capitalize }}
+        {% if not each[side + "_stopped"] %}
+        <span class="alarm">cut at {{ settings.max_new_tokens }} tokens</span>
+        {% endif %}
+      </h4>
+      {% if each[side] %}
+      <pre dir="auto">{{ each[side] }}</pre>
+      {% else %}
+      <p class="soft">(no text)</p>
+      {% endif %}
+    </div>
+    {% endfor %}
+    {% if each.reference is not none %}
+    <div class="card whole">
+      <h4 class="label">Right answer</h4>
+      <pre dir="auto">{{ each.reference }}</pre>
+    </div>
+    {% endif %}
+  </div>
+  {% endfor %}
+
+  <h2>Settings</h2>
+  <details>
+    <summary>Options, versions, device</summary>
+    <pre>{{ settings | tojson(2) }}</pre>
+  </details>
+</main>
+</body>
+</html>"""
 
 
-def write_results(output, results, shown, log):
-    """Write the results as strict JSON and, beside it, as a page; its template escapes texts."""
-    page = jinja2.Template(PAGE, autoescape=True, trim_blocks=True)
-    page = page.render(results | log | {"prompts": shown, "titles": TITLES})
+def write_results(output, results, figures, curve):
+    """Write the results as strict JSON and, beside it, as a page: both, or none."""
+    bars = {name: draw_bars(group) for name, group in figures.items()}
+    template = jinja2.Template(
+        PAGE,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = template.render(results, bars=bars, curve=curve, sides=SIDES)
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
     files = {output.with_suffix(".html"): page, output: text}
-    with explained(f"can't write {output}", "choose another --output"):
+    with explained(f"can't write {output}", "choose another --output", OSError):
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent) as aside:
             for path, text in files.items():
@@ -755,51 +1126,62 @@ def write_results(output, results, shown, log):
 
 def plain(text):
     """Text for the terminal: what would steer it, or what it lacks, is shown as code."""
-    steering = {c for c in text if unicodedata.category(c)[0] == "C"} - set("\u200c\u200d")
-    text = text.translate({ord(c): ascii(c)[1:-1] for c in steering})
+    for letter in set(text):
+        steers = unicodedata.category(letter)[0] == "C"
+        if steers and letter not in "\u200c\u200d":  # these two join letters
+            text = text.replace(letter, ascii(letter)[1:-1])
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def wrap(text, width):
     """The lines of a column of text."""
-    lines = map(plain, text.expandtabs(4).splitlines())
-    split = partial(textwrap.wrap, width=width, break_on_hyphens=False)
-    return [part for line in lines for part in split(line) or [""]]
+    lines = []
+    for line in text.expandtabs(4).splitlines():
+        parts = textwrap.wrap(plain(line), width, break_on_hyphens=False)
+        lines += parts or [""]
+    return lines
 
 
-def tell(line):
-    """Print a line, what does not fit the terminal below its text."""
-    columns = max(40, shutil.get_terminal_size().columns)
-    whole = {"break_long_words": False, "break_on_hyphens": False}
-    print(textwrap.fill(plain(line), columns, subsequent_indent=" " * 12, **whole))
+def tell(name, text):
+    """Print a line of the summary, what goes beyond 80 columns below its text."""
+    lines = textwrap.wrap(
+        plain(text),
+        width=68,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    print(f"{name:12}" + f"\n{'':12}".join(lines))
 
 
-def print_side_by_side(prompts):
-    """Print each prompt with its two answers in columns that fit the terminal, then the reference.
+def print_pairs(pairs):
+    """Print each prompt with its two answers in columns that fit the terminal, then the right one.
 
-    They stand one below the other where it is narrow, or where letters may take two columns, none,
-    or run from right to left.
+    They stand one below the other where it is narrow, or where letters are no columns (WIDE).
     """
     columns = max(40, min(shutil.get_terminal_size().columns, 160))
-    for number, result in enumerate(prompts, 1):
-        texts = {side: result[side] for side in TITLES if result[side] is not None}
-        odd = any(
-            unicodedata.east_asian_width(c) in "FW" or unicodedata.bidirectional(c) in ODD
-            for c in "".join([result["prompt"], *texts.values()])
-        )
-        whole = columns // 2 if odd else columns
-        width = whole if odd or columns < 60 else (whole - 3) // 2
+    for number, pair in enumerate(pairs, 1):
+        whole = width = columns
+        if re.search(WIDE, str(pair)):
+            whole = width = columns // 2
+        elif columns >= 60:
+            width = (columns - 3) // 2
+
         blocks = []
-        for side, text in texts.items():
-            title = TITLES[side] + " (cut)" * (not result.get(f"{side}_stopped", True))
-            size = whole if side == "reference" else width
-            blocks.append([title, "-" * size, *wrap(text, size)])
+        for side, title in SIDES.items():
+            if not pair[f"{side}_stopped"]:
+                title += " (cut)"
+            lines = wrap(pair[side] or "(no text)", width)
+            blocks.append([title, "-" * width, *lines])
         if width < whole:
-            pairs = itertools.zip_longest(*blocks[:2], fillvalue="")
-            blocks[:2] = [[f"{left:{width}} | {right}".rstrip() for left, right in pairs]]
-        blocks.insert(0, wrap(f"[{number}/{len(prompts)}] {result['prompt']}", whole))
-        print(*("\n".join(block) + "\n" for block in blocks), sep="\n")
+            rows = itertools.zip_longest(*blocks, fillvalue="")
+            blocks = [[f"{left:{width}} | {right}".rstrip() for left, right in rows]]
+        if pair["reference"]:
+            lines = wrap(pair["reference"], whole)
+            blocks.append(["right answer", "-" * whole, *lines])
+        print(*wrap(f"[{number}/{len(pairs)}] {pair['prompt']}", whole), "", sep="\n")
+        for block in blocks:
+            print(*block, "", sep="\n")
 
 
 def main(argv=None):
@@ -810,42 +1192,76 @@ def main(argv=None):
     if HIDE_BARS:
         transformers.logging.disable_progress_bar()
 
-    folder, output = Path(args.adapter), Path(args.output)
-    trained = read_adapter(folder, args)
-    held_out = read_jsonl(args.val_data) if args.val_data else []
-    asked = held_out[: args.val_prompts] + read_prompts(args.prompts)
-    check_output(output, folder, args.prompts, args.val_data)
+    folder = Path(args.adapter)
+    output = Path(args.output)
+    adapter = read_adapter(folder)
+    training = {}
+    noted = folder / "training_config.json"
+    if noted.exists():
+        training = read_json(noted, dict, "restore it, or remove it")
+    if "embedding_norm" not in training:
+        training = {}  # another tool's
+    settings = settle(args, adapter, training)
+    asked = read_prompts(args.prompts)
+    check_output(output, [*folder.glob("*.json"), args.prompts, args.val_data])
+    records = []
+    if args.val_data:
+        records = read_jsonl(args.val_data)
+        asked = records[: args.val_prompts] + asked
+    seen, doubt = count_seen(records, args.val_data, training.get("data"))
 
-    source = folder if (folder / "tokenizer_config.json").exists() else trained["model"]
-    with explained(f"can't load the model {source}", MODEL_ADVICE):
+    settings["model"] = find_model(settings["model"], folder)
+    source = settings["model"]
+    if (folder / "tokenizer_config.json").exists():
+        source = folder
+    with explained(f"can't load the tokenizer of {source}", MODEL_ADVICE):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     frame = chat_frame(tokenizer)
-    model = load_pair(trained, folder)
-    pairs = [line.split(" | ") for line in EVERYDAY.splitlines()]
-    groups = {"held out": held_out} if held_out else {}
-    groups["elsewhere"] = [{"instruction": q, "input": "", "output": a} for q, a in pairs]
-    base, max_length = model.get_base_model(), trained["max_seq_length"]
-    prompts, groups = encode_all(base, tokenizer, frame, asked, groups, max_length, args)
-    tell(f"model       {trained['model']} in {trained['precision']}, with {folder} off and on")
-    tell(f"prompts     {len(asked)} <- {args.val_data or 'no rows'}, {args.prompts or 'built in'}")
-    with explained(f"{args.batch_size} prompts at once", "", torch.OutOfMemoryError):
-        answers, seconds, figures = run_both(model, tokenizer, frame, asked, prompts, groups, args)
-    if not math.isfinite(sum(each["base"] + each["finetuned"] for each in figures.values())):
-        sys.exit(f"error: {folder}: no finite figures; train with a lower --learning-rate")
+    check_frame(frame, training.get("prompt", {}), source)
+    model = load_pair(folder, settings, training)
+    base = model.get_base_model()
 
-    results = {"summary": conclude(answers, seconds, figures), "prompts": answers}
-    results |= {"perplexity": figures.get("held out"), "general": figures["elsewhere"]}
+    context = getattr(base.config.get_text_config(), "max_position_embeddings", 2**20)
+    limit = settings["max_seq_length"] or context
+    everyday = [to_record({"instruction": q, "output": a}) for q, a in EVERYDAY]
+    rows = {"elsewhere": encode_rows(everyday, tokenizer, frame, limit, "built in")}
+    if records:
+        rows["val data"] = encode_rows(records, tokenizer, frame, limit, args.val_data)
+    prompts = []
+    for record in asked:
+        row = encode({**record, "output": ""}, tokenizer, frame, None)
+        prompts.append(row["input_ids"][: row["prompt_tokens"]])
+    check_room(base, prompts, itertools.chain(*rows.values()), context, args.max_new_tokens)
+    tell("model", f"{settings['model']} in {settings['precision']}, with {folder} off and on")
+
+    ends = end_ids(base, tokenizer, frame)
+    with explained(f"{args.batch_size} prompts at once", "", torch.OutOfMemoryError):
+        pairs, seconds, figures = run_both(model, tokenizer, ends, asked, prompts, rows, args)
+    for each in figures.values():
+        if not math.isfinite(each["base"] + each["finetuned"]):
+            sys.exit(f"error: {folder}: no finite figures; train with a lower --learning-rate")
+
+    summary = conclude(figures, records, doubt, limit)
+    summary.update(seen)
+    summary.update(conclude_answers(pairs, seconds, args.repetition_penalty))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    versions = {name: version(name) for name in "torch transformers peft bitsandbytes".split()}
-    results["settings"] = vars(args) | trained | {"device": device, "versions": versions}
-    shown = [clip(answer, tokenizer, args.max_new_tokens) for answer in answers]
-    write_results(output, results, shown, read_log(folder / "training_log.jsonl"))
-    print_side_by_side(shown)
-    for name, text in results["summary"].items():
+    libraries = ["torch", "transformers", "peft", "bitsandbytes"]
+    versions = {name: version(name) for name in libraries}
+    results = {
+        "summary": summary,
+        "prompts": pairs,
+        "perplexity": figures.get("val data"),
+        "general": figures["elsewhere"],
+        "settings": {**settings, "device": device, "versions": versions},
+    }
+    curve = read_log(folder / "training_log.jsonl")
+    write_results(output, results, figures, curve)
+    print_pairs(pairs)
+    for name, text in summary.items():
         if isinstance(text, str):
-            tell(f"{name:12}{text}")
-    tell(f"saved       {output} and {output.with_suffix('.html')}")
-    return results["summary"] | {key: results[key] for key in ("perplexity", "general")}
+            tell(name, text)
+    tell("saved", f"{output} and {output.with_suffix('.html')}")
+    return {**summary, "perplexity": results["perplexity"], "general": results["general"]}
 
 
 if __name__ == "__main__":
@@ -854,4 +1270,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("error: interrupted; nothing was written")
     except BrokenPipeError:  # the reader, such as head, has left; the files are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os._exit(0)

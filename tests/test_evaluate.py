@@ -39,7 +39,7 @@ RECORDS = [
     for n, (thing, output) in enumerate(zip(THINGS, OUTPUTS))
 ]
 HELD_OUT = RECORDS[:8]
-PAIRS = [line.split(" | ") for line in evaluate.EVERYDAY.splitlines()]
+PAIRS = evaluate.EVERYDAY
 EVERYDAY = [{"instruction": question, "input": "", "output": answer} for question, answer in PAIRS]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HOSTILE = (

@@ -574,7 +574,7 @@ def test_a_log_line_tells_the_mean_of_its_steps(tiny, data, tmp_path):
 
 def test_the_tokens_of_a_second_are_those_that_were_read(tiny, data, tmp_path, monkeypatch):
     clock = itertools.count(0, 0.5)  # each look at it half a second later
-    monkeypatch.setattr(lf.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(lf.time, "perf_counter", lambda: next(clock))
     lf.main(flags(tiny, data, tmp_path / "out", "--epochs", 2))
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     texts = [chat_text(tokenizer, "zephyr", row)[1] for row in ROWS[:14]]
@@ -911,6 +911,39 @@ def test_the_finished_folder_says_what_was_done_and_holds_no_pickle(data, undist
         assert "lora_" in name and weight.dtype == torch.float32
 
 
+def test_a_run_that_gets_validation_rows_when_it_goes_on_comes_to_its_end(tiny, data, tmp_path):
+    arguments = flags(tiny, data, tmp_path / "out", *RUN)
+    stopped(arguments, 11)
+    assert resumed([*arguments, "--val-data", data]) == 1
+    assert len(logged(tmp_path / "out", "eval_loss")) == 1
+
+
+def test_keep_best_goes_on_with_the_same_validation_rows_alone(tiny, data, tmp_path, capsys):
+    arguments = flags(tiny, data, tmp_path / "out", *RUN, "--keep-best", "--val-data", data)
+    stopped(arguments, 5)
+    other = write_jsonl(tmp_path / "other.jsonl", RECORDS)
+    assert "val_data" in error_line([*arguments, "--resume", "--val-data", other], capsys)
+
+
+def test_overwrite_drops_the_checkpoint_of_a_stopped_run_at_once(tiny, data, unfinished, tmp_path):
+    out = shutil.copytree(unfinished, tmp_path / "out")
+    arguments = flags(tiny, data, out, *RUN)
+
+    def killed(ids):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        watch(patch, killed)
+        lf.main([*arguments, "--overwrite"])
+    assert resumed(arguments) == 12
+
+
+def test_files_of_the_users_own_stay_as_they_are(tiny, data, tmp_path):
+    (tmp_path / "README.md").write_text("my notes")
+    lf.main(flags(tiny, data, tmp_path, "--max-steps", 1))
+    assert (tmp_path / "README.md").read_text() == "my notes"
+
+
 # out of memory and NaN ---------------------------------------------------------------------------
 
 
@@ -1243,15 +1276,31 @@ def test_a_base_that_comes_quantised_is_trained_as_it_is(tiny, tmp_path, capsys,
     assert "merge the adapter into its 16-bit original" in capsys.readouterr().out
 
 
+def test_a_model_that_fails_in_training_alone_is_told_so(tiny, data, tmp_path, capsys, monkeypatch):
+    forward = transformers.LlamaForCausalLM.forward
+
+    def failing(self, *args, **kwargs):
+        if self.training:
+            raise RuntimeError("result type Float can't be cast to unsigned char")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", failing)
+    line = error_line(flags(tiny, data, tmp_path / "out"), capsys)
+    assert "can't be trained on texts" in line and "--no-load-in-4bit" in line
+
+
 def test_a_model_without_chat_template_is_told_whose_is_used(tiny_models, data, tmp_path, capsys):
     lf.main(flags(tiny_models(template="none"), data, tmp_path / "out", "--max-steps", 1))
     assert "no chat template: trained with that of Alpaca" in capsys.readouterr().out
 
 
-def break_a_weight(folder):
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = math.nan
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+def break_a_weight(name, value):
+    def change(folder):
+        weights = load_file(folder / "model.safetensors")
+        weights[f"{name}.weight"][-1, 0] = value
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    return change
 
 
 def make_an_adapter(folder):
@@ -1268,9 +1317,13 @@ def lose_the_vocabulary(kind):
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2200119864\n"
 CAUSES = {  # what is wrong with the folder: the words that tell it
-    "a weight is NaN": (break_a_weight, "no finite numbers"),
+    "NaN in a layer": (break_a_weight("model.layers.0.mlp.up_proj", math.nan), "not finite"),
+    "inf in a layer": (break_a_weight("model.layers.1.mlp.down_proj", math.inf), "not finite"),
+    "NaN for a rare token": (break_a_weight("model.embed_tokens", math.nan), "not finite"),
+    "NaN in the head": (break_a_weight("lm_head", math.nan), "not finite"),
     "an adapter": (make_an_adapter, "is an adapter", "base_model_name_or_path"),
     "a pointer": (("model.safetensors", POINTER), "model.safetensors", "git lfs pull"),
+    "a pointer there": (("tokenizer.json", POINTER), "tokenizer.json", "git lfs pull"),
     "no vocabulary": (lose_the_vocabulary("LlamaTokenizer"), "tokenizer", "tokenizer.json"),
     "no vocabulary, GPT-2": (lose_the_vocabulary("GPT2Tokenizer"), "tokenizer", "tokenizer.json"),
 }
@@ -1287,7 +1340,9 @@ def test_what_is_wrong_with_a_model_is_named(tiny, data, tmp_path, capsys, cause
     assert not files(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["./model", "/no/model", "a/b/model", "~/no model", "a\\b", ".."])
+@pytest.mark.parametrize(
+    "name", ["./model", "/no/model", "a/b/c", "~/no model", "a\\b", "D:/a", ".b"]
+)
 def test_a_path_that_is_no_folder_is_not_asked_of_the_hub(
     data, tmp_path, capsys, monkeypatch, name
 ):
@@ -1295,7 +1350,7 @@ def test_a_path_that_is_no_folder_is_not_asked_of_the_hub(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", None)
     line = error_line(flags(name, data, tmp_path / "out"), capsys)
-    assert "no folder" in line or "tokenizer" in line
+    assert "no folder" in line
 
 
 def test_a_run_in_a_thread_leaves_signals_alone(tiny, data, tmp_path):

@@ -120,12 +120,10 @@ def test_abbreviated_flags_are_refused(name, capsys):
 @each_script
 def test_importing_a_script_does_nothing(name):
     statements = ast.parse((ROOT / name).read_text()).body
-    quiet = 'logging.getLogger("bitsandbytes").setLevel("ERROR")'  # only in time before its import
     for node in statements[1:]:
-        if ast.unparse(node) == ast.unparse(ast.parse(quiet)):
+        if ast.unparse(node).startswith("logging.getLogger("):  # in time before the imports
             continue
-        harmless = (ast.Import, ast.ImportFrom, ast.Assign, ast.AugAssign, ast.FunctionDef, ast.If)
-        assert isinstance(node, harmless)
+        assert not isinstance(node, (ast.Expr, ast.For, ast.While, ast.With, ast.Try))
     assert ast.unparse(statements[-1].test) == "__name__ == '__main__'"
     assert sum(isinstance(node, ast.If) for node in statements) == 1
 
@@ -224,7 +222,7 @@ MISTAKES = """--dataset nowhere.jsonl|nowhere.jsonl: No such file
 --model nobody/no-such-model|nobody/no-such-model
 --model ./no/such/folder|./no/such/folder
 --model {tmp}/file|file
---model {tmp}/model.gguf|model.gguf
+--model {tmp}/model.gguf|model.gguf: no folder
 --target-modules query|query: no such layer
 --target-modules q_proj x|x: no such layer
 --target-modules proj|proj: no such layer
@@ -349,12 +347,10 @@ def test_every_flag_in_the_manual_exists():
 
 def test_every_option_stands_in_the_manual():
     manual = (ROOT / "README.md").read_text(encoding="utf-8")
-    promised = "--input --output --val-split --seed --columns --encoding --strict --dataset --model"
-    promised += " --epochs --max-steps --lora-r --lora-alpha --lora-dropout --target-modules"
-    promised += " --learning-rate --warmup-ratio --batch-size --gradient-accumulation-steps"
-    promised += " --max-seq-length --precision --gradient-checkpointing --load-in-4bit --resume"
-    promised += " --overwrite --group-by-length --adapter --val-data --max-new-tokens"
-    assert [name for name in promised.split() if name not in manual] == []
+    for name, module in SCRIPTS.items():
+        for option in vars(module.parse_args([])):
+            ways = [flag(option), flag(option).replace("--", "--no-")]
+            assert any(re.search(f"{way}(?![\\w-])", manual) for way in ways), (name, option)
 
 
 def test_every_command_in_the_manual_is_understood(capsys):

@@ -1,6 +1,6 @@
 """Time lora_finetune.py beside what users would pick instead, on the same rows, and print one table.
 
-    python tests/benchmarks/train.py MODEL_DIR ROWS.jsonl [--steps 8] [--script-flags="--auto-batch-size"]
+    python tests/benchmarks/train.py MODEL_DIR ROWS.jsonl [--steps 8] [--script-flags="--precision bf16"]
 
 textbook: prepare_model_for_kbit_training and Trainer. trl, unsloth: their trainers at their defaults, where installed.
 script: lora_finetune.py unchanged. Each runs in a process of its own with 16 rows a step (4 x 4), at most 512 tokens a row,
