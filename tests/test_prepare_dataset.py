@@ -13,8 +13,10 @@ import sys
 import tempfile
 import unicodedata
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+import filelock
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -126,6 +128,22 @@ def usable(records):
     return found, unusable
 
 
+# a text with markers, and what it asks and answers
+TEXTS_OF_CHATS = {
+    "guanaco": "### Human: a?### Assistant: x ",
+    "guanaco, a break": "### Human:\na?\n\n### Assistant:\nx\n",
+    "Alpaca": "Below is an instruction.\n\n### Instruction:\na?\n\n### Response:\nx</s>",
+    "Alpaca without a colon": "### Instruction\na?\n### Response\nx",
+    "question, answer": "### Question: a?\n### Answer: x",
+    "ChatML": "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\nx<|im_end|>\n",
+    "Mistral": "<s>[INST] a? [/INST] x</s>",
+    "Gemma": "<bos><start_of_turn>user\na?<end_of_turn>\n<start_of_turn>model\nx<end_of_turn>\n",
+    "Zephyr": "<|user|>\na?</s>\n<|assistant|>\nx</s>\n",
+    "Phi": "<|user|>\na?<|end|>\n<|assistant|>\nx<|end|>",
+    "Vicuna": "USER: a? ASSISTANT: x</s>",
+    "Human, Assistant": "\n\nHuman: a?\n\nAssistant: x",
+}
+
 # --------------------------------------------------------------- what goes in comes out, whatever
 
 awkward = ",;\t|\"\n\r \\'={}[]:\x00\x0b\x1c\x85\xa0\u2028\ufeffaAéßİ한😀e\u0301"
@@ -196,6 +214,79 @@ def test_every_parquet_comes_out_as_it_went_in(rows):
     check_round_trip(rows, parquet(**columns))
 
 
+def openai(turns):
+    return [{"role": role, "content": said} for role, said in turns]
+
+
+def sharegpt(turns):
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": names[role], "value": said} for role, said in turns]
+
+
+def of_trl(turns):
+    """A row of TRL: the completion begins where the assistant first speaks."""
+    roles = [role for role, _ in turns] + ["assistant"]
+    first = roles.index("assistant")
+    return {"prompt": openai(turns[:first]), "completion": openai(turns[first:])}
+
+
+CHATS_IN = {  # how a list of chats stands in a file
+    "lines": lambda chats: jsonl([{"messages": openai(turns)} for turns in chats]),
+    "a list": lambda chats: json.dumps([{"conversations": sharegpt(turns)} for turns in chats]),
+    "TRL": lambda chats: jsonl(map(of_trl, chats)),
+    "cells, JSON": lambda chats: cells(["chat"], [[json.dumps(openai(turns))] for turns in chats]),
+    "cells, Python": lambda chats: cells(["chat"], [[sharegpt(turns)] for turns in chats]),
+    "parquet": lambda chats: parquet(messages=[openai(turns) for turns in chats]),
+}
+
+
+def judged(turns):
+    """The record that turns make, or None; written independently of the script."""
+    if "\0" in "".join(said for _, said in turns):
+        return None
+    turns = [(role, trimmed(said)) for role, said in turns if said.strip()]
+    system = list(dict.fromkeys(said for role, said in turns if role == "system"))
+    spoken = [said for role, said in turns if role != "system"]
+    roles = [role for role, _ in turns if role != "system"]
+    if roles != ["user", "assistant"] or turns[-1][0] == "system":
+        return None
+    return row("\n\n".join([*system, spoken[0]]), output=spoken[1])
+
+
+speech = st.tuples(st.sampled_from(["user", "assistant", "system"]), text)
+exchange = st.tuples(st.tuples(st.just("user"), text), st.tuples(st.just("assistant"), text))
+chats_of_all_kinds = st.lists(st.lists(speech, max_size=4) | exchange.map(list), max_size=6)
+
+
+@quick
+@given(chats_of_all_kinds, st.sampled_from([*CHATS_IN]))
+def test_every_chat_is_judged_alike_whatever_its_form(chats, form):
+    chats = [*chats, [("user", "a good one"), ("assistant", "an answer")]]
+    records = [judged(turns) for turns in chats]
+    wanted, _ = usable(filter(None, records))
+    with tempfile.TemporaryDirectory() as folder:
+        source = write(Path(folder, "rows"), CHATS_IN[form](chats))
+        counts, train, _, rejected = prepare(source, f"{folder}/out", "--val-split", "0")
+    assert (train, len(rejected)) == (wanted, records.count(None))
+    assert counts["read"] == len(chats)
+
+
+words = st.text("abc ,.:;!?#<>|é한\n", min_size=1).filter(str.strip)
+
+
+@quick
+@given(question=words, answer=words, form=st.data())
+def test_whatever_stands_between_markers_comes_out(question, answer, form):
+    template = form.draw(st.sampled_from([*TEXTS_OF_CHATS.values()]))
+    before, middle = template.partition("a?")[::2]
+    middle, after = middle.partition("x")[::2]
+    with tempfile.TemporaryDirectory() as folder:
+        item = {"text": before + question + middle + answer + after}
+        records, rejected = kept(Path(folder), [item])
+    assert records[0]["instruction"].strip() == question.strip()
+    assert records[0]["output"].strip() == answer.strip()
+
+
 value = st.recursive(
     st.one_of(text, st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3)),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
@@ -262,7 +353,7 @@ FORMS = {
     "blanks after the commas": ('question, answer\n"a?", "x"\nb?, y\n',),
     "empty cells beyond the header": ("question,answer\na?,x,\nb?,y,,,\n",),
     "blank lines": ("\n\nquestion,answer\n\na?,x\n\n\nb?,y\n\n",),
-    "line breaks in the header": ('"Question\n","The\r\nanswer"\na?,x\nb?,y\n', "output=the answer"),
+    "line breaks in the header": ('"Question\n","My\r\nanswer"\na?,x\nb?,y\n', "output=my answer"),
     "Excel's sep line": ("sep=;\r\nquestion;answer\r\na?;x\r\nb?;y\r\n",),
     "Excel's sep line, a strange mark": ('"sep=^"\nquestion^answer\na?^x\nb?^y\n',),
     "UTF-16 of Excel": ("sep=\t\r\nquestion\tanswer\r\na?\tx\r\nb?\ty\r\n".encode("utf-16"),),
@@ -513,21 +604,6 @@ def test_what_messages_hold_beside_their_text_is_said_to_be_not_used(tmp_path, c
     assert sorted(ast.literal_eval(said)) == used
 
 
-# a text with markers, and what it asks and answers
-TEXTS_OF_CHATS = {
-    "guanaco": "### Human: a?### Assistant: x ",
-    "guanaco, a break": "### Human:\na?\n\n### Assistant:\nx\n",
-    "Alpaca": "Below is an instruction.\n\n### Instruction:\na?\n\n### Response:\nx</s>",
-    "Alpaca without a colon": "### Instruction\na?\n### Response\nx",
-    "question, answer": "### Question: a?\n### Answer: x",
-    "ChatML": "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\nx<|im_end|>\n",
-    "Mistral": "<s>[INST] a? [/INST] x</s>",
-    "Gemma": "<bos><start_of_turn>user\na?<end_of_turn>\n<start_of_turn>model\nx<end_of_turn>\n",
-    "Zephyr": "<|user|>\na?</s>\n<|assistant|>\nx</s>\n",
-    "Phi": "<|user|>\na?<|end|>\n<|assistant|>\nx<|end|>",
-    "Vicuna": "USER: a? ASSISTANT: x</s>",
-    "Human, Assistant": "\n\nHuman: a?\n\nAssistant: x",
-}
 LLAMA_3 = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>".format
 LLAMA_2 = "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\na? [/INST] x </s>"
 
@@ -578,8 +654,6 @@ def test_the_ruler_of_a_markdown_table_is_a_rejected_row(tmp_path):
 
 @pytest.mark.parametrize("line", REJECTED, ids=lambda line: line[:60])
 def test_an_unusable_row_is_kept_aside_with_number_and_reason(tmp_path, line):
-    if sys.version_info < (3, 11) and "\0" in line:
-        pytest.skip("the csv module of Python 3.10 refuses a NUL")
     good, better = row("two\nlines"), row("better")
     raw = f"{json.dumps(good)}\n\n{line}\n{json.dumps(better)}\n"
     if line[0] not in "{[n":
@@ -772,6 +846,16 @@ prepare_dataset.main(sys.argv[1:])"""
     assert pair[0] is None or pair == (before["train.jsonl"], before["val.jsonl"])
     prepare(source, folder)
     assert snapshot(folder) == wanted
+
+
+def test_two_runs_on_one_folder_write_one_after_the_other(old):
+    folder, source, before = old
+    with ThreadPoolExecutor(1) as thread:
+        with filelock.FileLock(folder / ".lock"):  # as another run has it while it writes
+            run = thread.submit(prepare, source, folder)
+            assert wait([run], timeout=1.5).not_done
+            assert snapshot(folder) == before
+        assert run.result()[0]["train"] == 810
 
 
 def test_a_read_only_folder_leaves_the_old_files(old):
