@@ -124,7 +124,8 @@ def test_importing_a_script_does_nothing(name):
     for node in statements[1:]:
         if ast.unparse(node) == ast.unparse(ast.parse(quiet)):
             continue
-        harmless = (ast.Import, ast.ImportFrom, ast.Assign, ast.AugAssign, ast.FunctionDef, ast.If)
+        defined = ast.FunctionDef, ast.ClassDef
+        harmless = (ast.Import, ast.ImportFrom, ast.Assign, ast.AugAssign, ast.If, *defined)
         assert isinstance(node, harmless)
     assert ast.unparse(statements[-1].test) == "__name__ == '__main__'"
     assert sum(isinstance(node, ast.If) for node in statements) == 1
