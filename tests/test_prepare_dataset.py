@@ -138,6 +138,7 @@ TEXTS_OF_CHATS = {
     "ChatML": "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\nx<|im_end|>\n",
     "Mistral": "<s>[INST] a? [/INST] x</s>",
     "Gemma": "<bos><start_of_turn>user\na?<end_of_turn>\n<start_of_turn>model\nx<end_of_turn>\n",
+    "OpenAssistant": "<|prompter|>a?<|endoftext|><|assistant|>x<|endoftext|>",
     "Zephyr": "<|user|>\na?</s>\n<|assistant|>\nx</s>\n",
     "Phi": "<|user|>\na?<|end|>\n<|assistant|>\nx<|end|>",
     "Vicuna": "USER: a? ASSISTANT: x</s>",
@@ -978,15 +979,31 @@ def test_a_mistake_ends_in_one_line_and_writes_nothing(tmp_path, capsys, mistake
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("place", ["first", "middle", "last"])
-def test_one_bad_byte_in_utf_8_leads_to_its_line_and_to_no_other_encoding(tmp_path, capsys, place):
-    rows = ["Größe?,Über 5 €", "Wo?,Überall", "Où?,là"]
-    rows.insert({"first": 0, "middle": 2, "last": 3}[place], "What?,a caf~")
-    text = "\n".join(["question,answer", *rows, ""])
+BAD_BYTE = {  # where ~ is the one byte that is no UTF-8, and its line
+    "question,answer\nWhat?,a caf~\nGröße?,Über 5 €\nWo?,Überall\n": 2,
+    'question,answer\nGröße?,Über 5 €\n"Où\n?",là\nWhat?,a caf~': 5,
+    "question,answer\nWas?,ein caf~\nGröße?,egal\n": 2,
+    "question,answer\nWo?,Überall\n" + "a,x\n" * 50_000 + "What?,a caf~\n": 50_003,
+    '{"question": "Größe?", "answer": "Übergröße"}\n{"question": "~", "answer": "x"}\n': 2,
+}
+
+
+@pytest.mark.parametrize("text", BAD_BYTE, ids=lambda text: text[-30:])
+def test_one_bad_byte_in_utf_8_leads_to_its_line_and_to_no_other_encoding(tmp_path, capsys, text):
     source = write(tmp_path / "rows", text.encode().replace(b"~", b"\xe9"))
     message = error_of(["--input", source, "--output", str(tmp_path / "out")], capsys)
-    line = text[: text.index("~")].count("\n") + 1
-    assert f"line {line}: not utf-8" in message and "windows" not in message
+    assert f"line {BAD_BYTE[text]}: not utf-8" in message and "windows" not in message
+
+
+# texts that several encodings fit: to name one would send people to a wrong one
+UNSURE = [("란?,모든.", "cp949"), ("一個?,節點標記.", "big5"), ("узел?,сервис.", "koi8_r")]
+
+
+@pytest.mark.parametrize("text, encoding", UNSURE)
+def test_no_encoding_is_named_that_is_not_sure(tmp_path, capsys, text, encoding):
+    source = write(tmp_path / "rows", f"question,answer\n{text}\n".encode(encoding))
+    message = error_of(["--input", source, "--output", str(tmp_path / "out")], capsys)
+    assert "how was it saved?" in message and "seems" not in message
 
 
 def test_without_charset_normalizer_the_line_does_without_a_guess(tmp_path, capsys, monkeypatch):
