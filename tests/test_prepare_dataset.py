@@ -1,5 +1,6 @@
 """prepare_dataset.py: what goes in comes out, on the right side, or is named and kept aside."""
 
+import ast
 import csv
 import gzip
 import io
@@ -12,8 +13,10 @@ import sys
 import tempfile
 import unicodedata
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+import filelock
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -36,6 +39,9 @@ def jsonl(items):
     return "".join(json.dumps(item) + "\n" for item in items)
 
 
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
 def chat(*turns):
     return {"messages": [{"role": speaker, "content": text} for speaker, text in turns]}
 
@@ -44,6 +50,13 @@ def parquet(**columns):
     file = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), file)
     return file.getvalue()
+
+
+def cells(names, rows):
+    """A CSV; what is no text stands in it as Python writes it."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([names, *rows])
+    return text.getvalue()
 
 
 def write(path, content):
@@ -115,6 +128,23 @@ def usable(records):
     return found, unusable
 
 
+# a text with markers, and what it asks and answers
+TEXTS_OF_CHATS = {
+    "guanaco": "### Human: a?### Assistant: x ",
+    "guanaco, a break": "### Human:\na?\n\n### Assistant:\nx\n",
+    "Alpaca": "Below is an instruction.\n\n### Instruction:\na?\n\n### Response:\nx</s>",
+    "Alpaca without a colon": "### Instruction\na?\n### Response\nx",
+    "question, answer": "### Question: a?\n### Answer: x",
+    "ChatML": "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\nx<|im_end|>\n",
+    "Mistral": "<s>[INST] a? [/INST] x</s>",
+    "Gemma": "<bos><start_of_turn>user\na?<end_of_turn>\n<start_of_turn>model\nx<end_of_turn>\n",
+    "OpenAssistant": "<|prompter|>a?<|endoftext|><|assistant|>x<|endoftext|>",
+    "Zephyr": "<|user|>\na?</s>\n<|assistant|>\nx</s>\n",
+    "Phi": "<|user|>\na?<|end|>\n<|assistant|>\nx<|end|>",
+    "Vicuna": "USER: a? ASSISTANT: x</s>",
+    "Human, Assistant": "\n\nHuman: a?\n\nAssistant: x",
+}
+
 # --------------------------------------------------------------- what goes in comes out, whatever
 
 awkward = ",;\t|\"\n\r \\'={}[]:\x00\x0b\x1c\x85\xa0\u2028\ufeffaAéßİ한😀e\u0301"
@@ -185,6 +215,79 @@ def test_every_parquet_comes_out_as_it_went_in(rows):
     check_round_trip(rows, parquet(**columns))
 
 
+def openai(turns):
+    return [{"role": role, "content": said} for role, said in turns]
+
+
+def sharegpt(turns):
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": names[role], "value": said} for role, said in turns]
+
+
+def of_trl(turns):
+    """A row of TRL: the completion begins where the assistant first speaks."""
+    roles = [role for role, _ in turns] + ["assistant"]
+    first = roles.index("assistant")
+    return {"prompt": openai(turns[:first]), "completion": openai(turns[first:])}
+
+
+CHATS_IN = {  # how a list of chats stands in a file
+    "lines": lambda chats: jsonl([{"messages": openai(turns)} for turns in chats]),
+    "a list": lambda chats: json.dumps([{"conversations": sharegpt(turns)} for turns in chats]),
+    "TRL": lambda chats: jsonl(map(of_trl, chats)),
+    "cells, JSON": lambda chats: cells(["chat"], [[json.dumps(openai(turns))] for turns in chats]),
+    "cells, Python": lambda chats: cells(["chat"], [[sharegpt(turns)] for turns in chats]),
+    "parquet": lambda chats: parquet(messages=[openai(turns) for turns in chats]),
+}
+
+
+def judged(turns):
+    """The record that turns make, or None; written independently of the script."""
+    if "\0" in "".join(said for _, said in turns):
+        return None
+    turns = [(role, trimmed(said)) for role, said in turns if said.strip()]
+    system = list(dict.fromkeys(said for role, said in turns if role == "system"))
+    spoken = [said for role, said in turns if role != "system"]
+    roles = [role for role, _ in turns if role != "system"]
+    if roles != ["user", "assistant"] or turns[-1][0] == "system":
+        return None
+    return row("\n\n".join([*system, spoken[0]]), output=spoken[1])
+
+
+speech = st.tuples(st.sampled_from(["user", "assistant", "system"]), text)
+exchange = st.tuples(st.tuples(st.just("user"), text), st.tuples(st.just("assistant"), text))
+chats_of_all_kinds = st.lists(st.lists(speech, max_size=4) | exchange.map(list), max_size=6)
+
+
+@quick
+@given(chats_of_all_kinds, st.sampled_from([*CHATS_IN]))
+def test_every_chat_is_judged_alike_whatever_its_form(chats, form):
+    chats = [*chats, [("user", "a good one"), ("assistant", "an answer")]]
+    records = [judged(turns) for turns in chats]
+    wanted, _ = usable(filter(None, records))
+    with tempfile.TemporaryDirectory() as folder:
+        source = write(Path(folder, "rows"), CHATS_IN[form](chats))
+        counts, train, _, rejected = prepare(source, f"{folder}/out", "--val-split", "0")
+    assert (train, len(rejected)) == (wanted, records.count(None))
+    assert counts["read"] == len(chats)
+
+
+words = st.text("abc ,.:;!?#<>|é한\n", min_size=1).filter(str.strip)
+
+
+@quick
+@given(question=words, answer=words, form=st.data())
+def test_whatever_stands_between_markers_comes_out(question, answer, form):
+    template = form.draw(st.sampled_from([*TEXTS_OF_CHATS.values()]))
+    before, middle = template.partition("a?")[::2]
+    middle, after = middle.partition("x")[::2]
+    with tempfile.TemporaryDirectory() as folder:
+        item = {"text": before + question + middle + answer + after}
+        records, rejected = kept(Path(folder), [item])
+    assert records[0]["instruction"].strip() == question.strip()
+    assert records[0]["output"].strip() == answer.strip()
+
+
 value = st.recursive(
     st.one_of(text, st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3)),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
@@ -236,6 +339,10 @@ SHAREGPT = [
     {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}], "id": 7}
     for q, _, a in map(dict.values, QA)
 ]
+ASKED = [("a?", "x"), ("b?", "y")]
+CHATS = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in ASKED]
+CHATS_OF_NUMPY = [[str(messages).replace("},", "}\n")] for messages in CHATS]
+BOM = "\ufeff"
 OPENAI = [chat(("user", r["instruction"]), ("assistant", r["output"])) for r in QA]
 
 # what stands in the file and the flags; each holds the two records of QA
@@ -247,13 +354,12 @@ FORMS = {
     "blanks after the commas": ('question, answer\n"a?", "x"\nb?, y\n',),
     "empty cells beyond the header": ("question,answer\na?,x,\nb?,y,,,\n",),
     "blank lines": ("\n\nquestion,answer\n\na?,x\n\n\nb?,y\n\n",),
-    "line breaks in the header": ('"Question\n","The\r\nanswer"\na?,x\nb?,y\n', "output=the answer"),
+    "line breaks in the header": ('"Question\n","My\r\nanswer"\na?,x\nb?,y\n', "output=my answer"),
     "Excel's sep line": ("sep=;\r\nquestion;answer\r\na?;x\r\nb?;y\r\n",),
     "Excel's sep line, a strange mark": ('"sep=^"\nquestion^answer\na?^x\nb?^y\n',),
     "UTF-16 of Excel": ("sep=\t\r\nquestion\tanswer\r\na?\tx\r\nb?\ty\r\n".encode("utf-16"),),
     "columns that are named": ("FRAGE,Antwort,question\na?,x,-\nb?,y,-\n",
                                "instruction=Frage", "output= antwort "),
-    "one of two columns of a name": ("question,answer,answer\na?,-,x\nb?,-,y\n", "output=answer 3"),
     "the question in input": ("instruction,input,output\n,a?,x\n,b?,y\n",),
     "no instruction at all": ("Context,Response\na?,x\nb?,y\n",),
     "a list": (json.dumps(QA),),
@@ -276,6 +382,33 @@ FORMS = {
     "rows beside no chat": (jsonl([{"messages": None, **item} for item in PAIRS]),),
     "a chat beside an answer": (jsonl([{"answer": "-", **item} for item in OPENAI]),),
     "objects without a break": ("".join(map(json.dumps, PAIRS)),),
+    "lines, joined, each with its mark": (BOM + jsonl(PAIRS[:1]) + BOM + jsonl(PAIRS[1:]),),
+    "a mark twice": (BOM * 2 + "question,answer\na?,x\nb?,y\n",),
+    "UTF-32 with its mark": ("question,answer\na?,x\nb?,y\n".encode("utf-32"),),
+    "CR alone": ("question,answer\ra?,x\rb?,y\r",),
+    "two gzips in one": (gzip.compress(b"q,a\na?,x\n") + gzip.compress(b"b?,y\n"),),
+    "names in the plural": ("Questions,ANSWERS\na?,x\nb?,y\n",),
+    "problem and solution": (jsonl([{"problem": q, "solution": a} for q, a in ASKED]),),
+    "user and assistant": (jsonl([{"user": q, "assistant": a} for q, a in ASKED]),),
+    "the better of two answers": (
+        jsonl([{"prompt": q, "chosen": a, "rejected": "-"} for q, a in ASKED]),
+    ),
+    "turns of TRL": (jsonl([{"prompt": c[:1], "completion": c[1:]} for c in CHATS]),),
+    "turns of TRL, the better ones": (jsonl([{"chosen": c, "rejected": []} for c in CHATS]),),
+    "turns of TRL in cells": (cells(["prompt", "completion"], [(c[:1], c[1:]) for c in CHATS]),),
+    "chats in cells, JSON": (cells(["messages"], [(json.dumps(c),) for c in CHATS]),),
+    "chats in cells, Python": (cells(["conversation"], [(c,) for c in CHATS]),),
+    "chats in cells, numpy": (cells(["dialogue"], CHATS_OF_NUMPY),),
+    "chats in some cells": (cells(["chat", "q", "a"], [("", "a?", "x"), (CHATS[1], "", "")]),),
+    "rows beside an empty chat": (jsonl([{"messages": [], **item} for item in PAIRS]),),
+    "columns that are named beside a chat": (
+        jsonl([{"frage": q, "antwort": a, "chat": CHATS[0]} for q, a in ASKED]),
+        "instruction=frage", "output=antwort",
+    ),
+    "a chat that is named": (jsonl([{"thread": c, "q": "-", "a": "-"} for c in CHATS]),
+                             "messages=thread"),
+    "a list in pages": (jsonl([{"page": n, "pairs": [PAIRS[n]]} for n in (0, 1)]),),
+    "wrappers in wrappers": (json.dumps({"v": 1, "data": [{"title": "T", "qas": QA}]}),),
 }  # fmt: skip
 
 
@@ -368,17 +501,160 @@ REJECTED = {
     json.dumps(chat(("user", ""), ("assistant", "b"))): "no instruction",
     json.dumps(chat(("system", "s"), ("user", " "), ("assistant", "b"))): "no instruction",
     json.dumps(chat(("user", "a"), ("assistant", None))): "no output",
-    json.dumps(chat(("user", [{"image": "x"}]), ("assistant", "b"))): (
-        "instruction is not text alone"
-    ),
-    '{"messages": "hi"}': "messages is no list of turns",
+    json.dumps(chat(("user", "a"), ("assistant", "b"), ("user", "c"))): "more than one exchange",
+    json.dumps(chat(("customer", "a"), ("agent", "b"))): "unknown role: customer",
+    '{"messages": "hi"}': "a text without markers",
+    '{"messages": true}': "messages is no list",
+    '{"messages": ["hi"]}': "messages without roles",
+    '{"question": "a", "answers": {"text": ["x"]}}': "output is not text",
+    '{"question": "a", "rejected": "x"}': "no output",
+    '{"text": "a long text"}': "a text without markers",
+    '{"text": "### Human: a### Assistant: b### Human: c"}': "more than one exchange",
+    '{"text": "### Instruction: a\\n### Response: b\\n### Input: c"}': "the assistant speaks first",
+    '{"q": "a", "a": "b", "history": [["c", "d"]]}': "more than one exchange",
+    '{"q": "a", "a": "b", "history": "[[\'c\', \'d\']]"}': "more than one exchange",
+    '{"q": "a", "a": "b", "history": "you: c, bot: d"}': "more than one exchange",
+    '{"q": "a", "a": "b", "images": ["c.png"]}': "a picture",
+    '{"q": "a", "a": "b", "image": "c.png"}': "a picture",
+    '{"q": "a", "a": "b", "image": {"bytes": "c"}}': "a picture",
+    '{"q": "a", "a": "b", "audio": "c.mp3"}': "a sound",
+    '{"q": "a", "a": "b", "videos": ["c"]}': "a film",
+    '{"q": "a", "a": "b", "label": false}': "marked as a bad answer",
+    '{"q": "a", "a": "b", "label": "False"}': "marked as a bad answer",
+    '{"prompt": "a", "completion": "b", "label": 0}': "marked as a bad answer",
+    '{"q": "q", "a": "A"}': "the header again",
+    "question,answer": "the header again",
+    "\ufeffQuestion ,ANSWER,,": "the header again",
+    '\ufeff"question","answer"': "the header again",
 }
+
+# what the second of two messages holds beside its role, and why it is no use
+UNUSABLE = {
+    "a call of a tool": {"content": "b", "tool_calls": [{"id": 1}]},
+    "a call of a function": {"content": None, "function_call": {"name": "f"}},
+    "a picture": {"content": [{"type": "text", "text": "b"}, {"type": "image_url"}]},
+    "a picture by its key": {"content": [{"image": "c.png"}]},
+    "a sound": {"content": [{"type": "input_audio"}]},
+    "a film": {"content": [{"type": "video", "video": "c"}]},
+    "a part that is no text": {"content": ["b", {"type": "file"}]},
+    "marked, OpenAI": {"content": "b", "weight": 0},
+    "marked, LLaMA-Factory": {"content": "b", "loss_weight": 0.0},
+    "marked, axolotl": {"content": "b", "train": False},
+    "output is not text": {"content": {"a": 1}},
+    "no output": {"content": [{"type": "thinking", "thinking": "c"}]},
+}
+
+
+@pytest.mark.parametrize("reason", UNUSABLE)
+def test_what_a_message_holds_that_no_record_can_rejects_the_row_for_that_reason(tmp_path, reason):
+    answer = {"role": "assistant", **UNUSABLE[reason]}
+    item = {"messages": [{"role": "user", "content": "a"}, answer]}
+    train, rejected = kept(tmp_path, [row("good"), item])
+    assert train == [row("good")]
+    kind = {"a call of a function": "a call of a tool", "a picture by its key": "a picture"}
+    assert rejected[0]["reason"].startswith(kind.get(reason, reason).partition(",")[0])
+
+
+@pytest.mark.parametrize("role", ["tool", "function", "function_call", "observation", "ipython"])
+def test_a_turn_of_a_tool_rejects_the_row(tmp_path, role):
+    item = chat(("user", "a"), (role, "5"), ("assistant", "b"))
+    assert kept(tmp_path, [row("good"), item])[1][0]["reason"] == "a call of a tool"
+
+
+# a row that looks suspicious and is good: what comes out is row("a", output="b")
+GOOD_ROWS = [
+    {"messages": CHAT, "images": [], "audio": None, "history": []},
+    {"messages": CHAT, "label": True},
+    {"q": "a", "a": "b", "label": 0},  # a class
+    {"prompt": "a", "completion": "b", "label": "1"},
+    {"q": "a", "a": "b", "image": "nginx:1.25", "history": "[]"},
+    {"messages": [{**CHAT[0], "weight": 0}, {**CHAT[1], "weight": 1, "tool_calls": None}]},
+    {"messages": [{**CHAT[0], "content": ["a"]}, {**CHAT[1], "content": [{"text": "b"}]}]},
+    {"messages": [CHAT[0], {**CHAT[1], "content": [{"type": "text", "value": "b"}]}]},
+    {"messages": [{"role": "system", "content": ""}, *CHAT]},
+    {"messages": [{**CHAT[0], "role": "Human"}, {**CHAT[1], "role": "Chatgpt"}]},
+    {"messages": [{**CHAT[0], "role": "prompter"}, {**CHAT[1], "role": "model"}]},
+    {"messages": "USER: a ASSISTANT: b</s>"},
+    {"query": "a", "answer": "b", "text": "a page"},
+]
+
+
+@pytest.mark.parametrize("item", GOOD_ROWS, ids=str)
+def test_a_row_that_only_looks_unusable_is_used(tmp_path, item):
+    assert kept(tmp_path, [item]) == ([row("a", output="b")], [])
+
+
+def test_an_answer_that_is_json_stays_the_text_that_it_is(tmp_path):
+    answers = [
+        '[{"from": "a", "to": "b"}]',
+        '[{"name": "A", "value": "1"}]',
+        '{"role": "x"}',
+        "[1]",
+    ]
+    rows = [row(f"q {n}", output=answer) for n, answer in enumerate(answers)]
+    assert kept(tmp_path, rows) == (rows, [])
+
+
+def test_what_messages_hold_beside_their_text_is_said_to_be_not_used(tmp_path, capsys):
+    parts = [{"type": "thinking", "thinking": "c"}, {"type": "text", "text": "b"}]
+    answer = {"role": "assistant", "content": parts, "reasoning_content": "d", "name": ""}
+    item = {"messages": [CHAT[0], answer], "id": 1, "input": ""}
+    assert kept(tmp_path, [item]) == ([row("a", output="b")], [])
+    said = capsys.readouterr().out.partition("not used: ")[2].partition("\n")[0]
+    used = ["id", "reasoning_content of a message", "thinking of a message"]
+    assert sorted(ast.literal_eval(said)) == used
+
+
+LLAMA_3 = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>".format
+LLAMA_2 = "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\na? [/INST] x </s>"
+
+
+@pytest.mark.parametrize("form", TEXTS_OF_CHATS)
+def test_one_text_with_markers_is_a_question_and_its_answer(tmp_path, form):
+    item = {"text": TEXTS_OF_CHATS[form], "id": 1}
+    assert kept(tmp_path, [item]) == ([row("a?", output="x")], [])
+    chat_in_cell = cells(["messages"], [[item["text"]]])
+    assert kept(tmp_path, chat_in_cell) == ([row("a?", output="x")], [])
+
+
+def test_a_text_may_have_a_system_prompt_an_input_and_markers_of_other_forms(tmp_path):
+    alpaca = (
+        "### Instruction:\na?\n\n### Input:\nb\n\n### Response:\n  x\n    <s>y</s> ### Human: z"
+    )
+    wanted = [
+        row("Be brief.\n\na?", output="x"),
+        row("a?", "b", "  x\n    <s>y</s> ### Human: z"),
+    ]
+    llama_3 = LLAMA_3("system", "Be brief.") + LLAMA_3("user", "a?") + LLAMA_3("assistant", "x")
+    texts = [LLAMA_2, "<|begin_of_text|>" + llama_3, alpaca]
+    source = write(tmp_path / "rows", [{"text": text} for text in texts])
+    counts, train, _, rejected = prepare(source, tmp_path / "out", "--val-split", "0")
+    assert (train, rejected, counts["duplicates"]) == (wanted, [], 1)
+
+
+def test_a_system_prompt_beside_question_or_chat_goes_before_the_question_once(tmp_path):
+    rows = [
+        {"System Prompt": "s", "question": "a", "context": "c", "answer": "b"},
+        {"system": "s", "messages": chat(("user", "d"), ("assistant", "b"))["messages"]},
+        {"system": "s", **chat(("system", "s"), ("user", "e"), ("assistant", "b"))},
+        {"system": "", **chat(("system", "t"), ("system", "u"), ("user", "f"), ("assistant", "b"))},
+    ]
+    wanted = [row("s\n\na", "c", "b"), row("s\n\nd", output="b"), row("s\n\ne", output="b")]
+    wanted += [row("t\n\nu\n\nf", output="b")]
+    assert kept(tmp_path, rows) == (wanted, [])
+
+
+def test_the_ruler_of_a_markdown_table_is_a_rejected_row(tmp_path):
+    table = "| n | Question | Answer |\n|:--|:-:|---|\n| 1 | an answer? | - |\n"
+    train, rejected = kept(tmp_path, table)
+    assert train == [row("an answer?", output="-")]
+    assert [(item["row"], item["reason"]) for item in rejected] == [
+        (2, "the ruler of a Markdown table")
+    ]
 
 
 @pytest.mark.parametrize("line", REJECTED, ids=lambda line: line[:60])
 def test_an_unusable_row_is_kept_aside_with_number_and_reason(tmp_path, line):
-    if sys.version_info < (3, 11) and "\0" in line:
-        pytest.skip("the csv module of Python 3.10 refuses a NUL")
     good, better = row("two\nlines"), row("better")
     raw = f"{json.dumps(good)}\n\n{line}\n{json.dumps(better)}\n"
     if line[0] not in "{[n":
@@ -388,6 +664,46 @@ def test_an_unusable_row_is_kept_aside_with_number_and_reason(tmp_path, line):
     assert [item["row"] for item in rejected] == [3]
     assert re.match(REJECTED[line], rejected[0]["reason"])
     assert rejected[0]["raw"] or line == "null"
+
+
+OBJECT = '{{\n  "prompt": "{}",\n  "output": "an answer"\n}}\n'.format
+BROKEN_OBJECTS = {  # one among objects over many lines, and the line of its fault
+    '{\n  "prompt": "b",\n  "output": "x",\n}\n': 8,
+    '{\n  "prompt": "b"\n  "output": "x"\n}\n': 7,
+    '{\n  "prompt": "b",\n  "output": "x\n}\n': 7,
+    '{\n  "prompt": "b",\n  "output": "x"\n': 8,
+    '{\n  "prompt": "b",\n  "output": "x"\n},\n': 8,
+    "# a remark\n": 5,
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_OBJECTS, ids=repr)
+def test_one_broken_object_among_objects_over_many_lines_costs_itself_alone(tmp_path, broken):
+    train, rejected = kept(tmp_path, OBJECT("a") + broken + OBJECT("c") + OBJECT("d"))
+    assert train == [row("a"), row("c"), row("d")]
+    assert [(item["row"], item["reason"]) for item in rejected] == [
+        (BROKEN_OBJECTS[broken], "not valid JSON")
+    ]
+    assert rejected[0]["raw"] == broken.rstrip()
+
+
+def test_lines_above_and_among_json_lines_are_rejected_rows(tmp_path):
+    text = "// a remark\n" + jsonl([row("a")]) + "# another\n" + jsonl([row("b")])
+    train, rejected = kept(tmp_path, text)
+    assert (train, [item["row"] for item in rejected]) == ([row("a"), row("b")], [1, 3])
+
+
+def test_what_stands_beside_a_list_of_rows_is_of_each_row(tmp_path):
+    page = {
+        "context": "c",
+        "title": "t",
+        "qas": [{"question": "a", "answer": "b"}, {"question": "d"}],
+    }
+    train, rejected = kept(tmp_path, [page])
+    assert train == [row("a", "c", "b")]
+    assert rejected[0]["raw"] == {"context": "c", "title": "t", "question": "d"}
+    for whole in ({"prompt": "p", "pairs": [row("a")]}, {"a": [row("a")], "b": [row("b")]}):
+        assert kept(tmp_path, [row("good"), whole])[0] == [row("good")]  # never by one of its rows
 
 
 def test_a_broken_first_line_costs_that_line_alone(tmp_path):
@@ -512,7 +828,7 @@ def test_a_full_disk_leaves_the_old_files(old):
     assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("step", range(9))  # three files to open, to remove, to rename
+@pytest.mark.parametrize("step", range(10))  # the lock, three files to open, to remove, to rename
 def test_a_killed_run_leaves_no_new_rows_beside_old_ones_and_the_next_run_cleans_up(old, step):
     folder, source, before = old
     prepare(source, folder.parent / "wanted")
@@ -531,6 +847,16 @@ prepare_dataset.main(sys.argv[1:])"""
     assert pair[0] is None or pair == (before["train.jsonl"], before["val.jsonl"])
     prepare(source, folder)
     assert snapshot(folder) == wanted
+
+
+def test_two_runs_on_one_folder_write_one_after_the_other(old):
+    folder, source, before = old
+    with ThreadPoolExecutor(1) as thread:
+        with filelock.FileLock(folder / ".lock"):  # as another run has it while it writes
+            run = thread.submit(prepare, source, folder)
+            assert wait([run], timeout=1.5).not_done
+            assert snapshot(folder) == before
+        assert run.result()[0]["train"] == 810
 
 
 def test_a_read_only_folder_leaves_the_old_files(old):
@@ -555,6 +881,9 @@ def test_other_files_in_the_folder_stay_the_source_among_them(tmp_path):
 # --------------------------------------------------------------------------------- user's mistakes
 
 GOOD = "question,answer\na,x\nb,y\n"
+CHINESE = "question,answer\n什么是污点?,一个标记。\n什么是探针?,它重启容器。\n"
+JAPANESE = "question,answer\nポッドとは何ですか?,コンテナの集まりです。\n"
+RUSSIAN = "question,answer\nЧто такое узел?,Машина для подов.\n"
 BROKEN = random.Random(0).randbytes(9000).hex().encode()
 SPOILED = gzip.compress(GOOD.encode() + BROKEN)
 
@@ -577,9 +906,31 @@ MISTAKES = {
         "'frage', 'antwort'.*--columns instruction=",
     ),
     "no answers": ("question,reply\na,x\n", [], "no output.*'question', 'reply'.*--columns"),
-    "two columns of a name": ("question,answer,Answer\na,x,y\n", [], "'answer 2', 'answer 3'"),
+    "two columns of a name": ("question,answer,Answer\na,x,y\n", [], "'answer', 'Answer'.*rename"),
+    "the same in parquet": (parquet(question=["a"], answer=["x"], Answer=["y"]), [], "'Answer'"),
+    "text above the header": ("# of the desk\nquestion,answer\na,x\n", [], "of the desk.*header"),
+    "no header": ("What is it?,An editor.\nAnd that?,A shell.\n", [], "What is it.*header"),
+    "a page of HTML": ("<html><body>question, answer</body></html>", [], "<html>"),
+    "one text": ([{"id": 1, "text": "a page"}], [], "'id', 'text'.*--columns"),
+    "only pictures": ([{"q": "a", "a": "b", "image": [1]}], [], "1 of 1.*a picture"),
+    "two lists of rows": (json.dumps({"a": QA, "b": QA}), [], "'a', 'b'"),
+    "commas between objects": ('{\n"q": "a"\n},\n{\n"q": "b"\n}', [], "not valid JSON"),
+    "a zip": (b"PK\3\4rows.csv", [], "zip.*unpack"),
+    "a tar": (b"rows.csv".ljust(257, b"\0") + b"ustar", [], "tar.*unpack"),
+    "feather": (b"ARROW1\0\0", [], "feather.*to_csv"),
+    "an arrow stream": (b"\xff\xff\xff\xff\x10\0", [], "arrow.*to_csv"),
+    "SQLite": (b"SQLite format 3\0", [], "SQLite.*-csv"),
+    "ORC": (b"ORC\n", [], "ORC.*to_csv"),
+    "a pickle, gzipped": (gzip.compress(pickle.dumps(GOOD)), [], "pickle"),
+    "UTF-16 without mark": (GOOD.encode("utf-16-le"), [], "--encoding utf-16-le"),
+    "UTF-16 without mark, the other": (GOOD.encode("utf-16-be"), [], "--encoding utf-16-be"),
+    "gb18030": (CHINESE.encode("gb18030"), [], "line 2.*--encoding gb18030"),
+    "gb18030, far below": ((GOOD * 9000 + CHINESE * 9000).encode("gb18030"), [], "gb18030"),
+    "shift_jis": (JAPANESE.encode("shift_jis"), [], "line 2.*--encoding cp932"),
+    "Cyrillic": (RUSSIAN.encode("windows-1251"), [], "line 2.*-1251 .Cyrillic"),
+    "an encoding that is none": (GOOD, ["--encoding", "base64"], "--encoding base64"),
     "prose": ("Once upon a time, there was\na line.\n", [], "Once upon.*--columns"),
-    "a column that lacks": (GOOD, ["--columns", "input=notes"], "no column notes.*'question'"),
+    "a column that lacks": (GOOD, ["--columns", "input=notes"], "no column .'notes'.*'question'"),
     "one column for two": (GOOD, ["--columns", "instruction=answer"], "no output.*--columns"),
     "an inner quote": (GOOD + 'c,"It prints "ready" and\nthen, "d",\n', [], "row 4.*quote"),
     "an inner quote in row 2": ('question,answer\n"a "b" c",x\n', [], "row 2.*quote"),
@@ -626,6 +977,40 @@ def test_a_mistake_ends_in_one_line_and_writes_nothing(tmp_path, capsys, mistake
     message = error_of(argv, capsys)
     assert re.search(named, " ".join(message.split())), message
     assert snapshot(tmp_path) == before
+
+
+BAD_BYTE = {  # where ~ is the one byte that is no UTF-8, and its line
+    "question,answer\nWhat?,a caf~\nGröße?,Über 5 €\nWo?,Überall\n": 2,
+    'question,answer\nGröße?,Über 5 €\n"Où\n?",là\nWhat?,a caf~': 5,
+    "question,answer\nWas?,ein caf~\nGröße?,egal\n": 2,
+    "question,answer\nWo?,Überall\n" + "a,x\n" * 50_000 + "What?,a caf~\n": 50_003,
+    '{"question": "Größe?", "answer": "Übergröße"}\n{"question": "~", "answer": "x"}\n': 2,
+}
+
+
+@pytest.mark.parametrize("text", BAD_BYTE, ids=lambda text: text[-30:])
+def test_one_bad_byte_in_utf_8_leads_to_its_line_and_to_no_other_encoding(tmp_path, capsys, text):
+    source = write(tmp_path / "rows", text.encode().replace(b"~", b"\xe9"))
+    message = error_of(["--input", source, "--output", str(tmp_path / "out")], capsys)
+    assert f"line {BAD_BYTE[text]}: not utf-8" in message and "windows" not in message
+
+
+# texts that several encodings fit: to name one would send people to a wrong one
+UNSURE = [("란?,모든.", "cp949"), ("一個?,節點標記.", "big5"), ("узел?,сервис.", "koi8_r")]
+
+
+@pytest.mark.parametrize("text, encoding", UNSURE)
+def test_no_encoding_is_named_that_is_not_sure(tmp_path, capsys, text, encoding):
+    source = write(tmp_path / "rows", f"question,answer\n{text}\n".encode(encoding))
+    message = error_of(["--input", source, "--output", str(tmp_path / "out")], capsys)
+    assert "how was it saved?" in message and "seems" not in message
+
+
+def test_without_charset_normalizer_the_line_does_without_a_guess(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "charset_normalizer", None)
+    source = write(tmp_path / "rows", CHINESE.encode("gb18030"))
+    message = error_of(["--input", source, "--output", str(tmp_path / "out")], capsys)
+    assert "line 2: not utf-8" in message and "gb18030" not in message
 
 
 @pytest.mark.parametrize("output", ["taken", "taken/out", "taken/deep/out", "x" * 300])
