@@ -418,8 +418,10 @@ def count_seen(records, path, data):
             continue
         if hashlib.sha256(file.read_bytes()).hexdigest() == data["sha256"]:
             trained = read_jsonl(file)
+    if not trained and not source.is_file() and not beside.is_file():
+        return {"note": f"not compared with the rows of training: {source} is not here"}, ""
     if not trained:
-        return {}, f"training may have seen these rows: {source} is gone or was changed"
+        return {}, f"training may have seen these rows: {source} was changed since"
 
     known = {folded(record) for record in trained}
     questions = {question for question, _ in known}
@@ -1002,6 +1004,9 @@ PAGE = """<!doctype html>
 <body>
 <main>
   <h1>{{ summary.verdict }}.</h1>
+  {% if summary.note %}
+  <p class="soft">{{ summary.note | capitalize }}.</p>
+  {% endif %}
 
   <div class="pair">
   {% for name, told in summary.items() if bars[name] %}

@@ -497,8 +497,8 @@ def test_rows_that_training_saw_get_no_verdict(name, rows, known, asked_of, quic
 
 
 TRAINED_FILE = [  # what became of it, rows of --val-data, words of the verdict
-    ("gone", HELD_OUT, "gone or was changed"),
-    ("changed", HELD_OUT, "gone or was changed"),
+    ("gone", HELD_OUT, "Better"),
+    ("changed", HELD_OUT, "was changed since"),
     ("gone", TRAINED, "8 of 8 rows were trained on"),
     ("changed", TRAINED, "8 of 8 rows were trained on"),
     ("moved, with --val-data", HELD_OUT, "Better"),
@@ -506,9 +506,7 @@ TRAINED_FILE = [  # what became of it, rows of --val-data, words of the verdict
 
 
 @pytest.mark.parametrize("fate, rows, words", TRAINED_FILE)
-def test_without_the_file_trained_on_nothing_is_called_held_out(
-    fate, rows, words, adapter, tmp_path, quick
-):
+def test_what_became_of_the_file_trained_on_is_told(fate, rows, words, adapter, tmp_path, quick):
     folder = copy(adapter, tmp_path / "adapter")
     data = json.loads((folder / NOTED).read_text())["data"]
     path = tmp_path / "away/data.jsonl"
@@ -519,7 +517,11 @@ def test_without_the_file_trained_on_nothing_is_called_held_out(
     if fate == "moved, with --val-data":
         write(tmp_path / "data.jsonl", TRAINED)
     got = quick("--val-data", write(tmp_path / "v.jsonl", rows), adapter=folder)
-    assert words in got.data["summary"]["verdict"]
+    summary = got.data["summary"]
+    assert words in summary["verdict"]
+    unchecked = fate == "gone" and rows == HELD_OUT
+    assert ("not compared with the rows of training" in summary.get("note", "")) == unchecked
+    assert squeezed(summary.get("note", "")) in squeezed(got.out)
 
 
 LONG_INPUT = {"input": "word " * 400}
