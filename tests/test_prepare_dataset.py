@@ -280,7 +280,7 @@ words = st.text("abc ,.:;!?#<>|é한\n", min_size=1).filter(str.strip)
 def test_whatever_stands_between_markers_comes_out(question, answer, form):
     template = form.draw(st.sampled_from([*TEXTS_OF_CHATS.values()]))
     before, middle = template.partition("a?")[::2]
-    middle, after = middle.partition("x")[::2]
+    middle, after = re.split(r"\bx\b", middle)
     with tempfile.TemporaryDirectory() as folder:
         item = {"text": before + question + middle + answer + after}
         records, rejected = kept(Path(folder), [item])
@@ -341,6 +341,7 @@ SHAREGPT = [
 ]
 ASKED = [("a?", "x"), ("b?", "y")]
 CHATS = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in ASKED]
+GUANACO = [{"body": f"### Human: {q}### Assistant: {a}", "q": "-", "a": "-"} for q, a in ASKED]
 CHATS_OF_NUMPY = [[str(messages).replace("},", "}\n")] for messages in CHATS]
 BOM = "\ufeff"
 OPENAI = [chat(("user", r["instruction"]), ("assistant", r["output"])) for r in QA]
@@ -407,6 +408,7 @@ FORMS = {
     ),
     "a chat that is named": (jsonl([{"thread": c, "q": "-", "a": "-"} for c in CHATS]),
                              "messages=thread"),
+    "a text that is named": (jsonl(GUANACO), "text=body"),
     "a list in pages": (jsonl([{"page": n, "pairs": [PAIRS[n]]} for n in (0, 1)]),),
     "wrappers in wrappers": (json.dumps({"v": 1, "data": [{"title": "T", "qas": QA}]}),),
 }  # fmt: skip
@@ -642,6 +644,21 @@ def test_a_system_prompt_beside_question_or_chat_goes_before_the_question_once(t
     wanted = [row("s\n\na", "c", "b"), row("s\n\nd", output="b"), row("s\n\ne", output="b")]
     wanted += [row("t\n\nu\n\nf", output="b")]
     assert kept(tmp_path, rows) == (wanted, [])
+
+
+def test_system_prompt_and_history_may_be_named(tmp_path):
+    rows = [{"q": "a", "a": "b", "persona": "s"}, {"q": "c", "a": "d", "log": [["e", "f"]]}]
+    named = ["--columns", "system=Persona", "history=log"]
+    train, rejected = kept(tmp_path, rows, *named)
+    assert train == [row("s\n\na", output="b")]
+    assert rejected[0]["reason"].startswith("more than one exchange")
+
+
+def test_the_names_that_the_readme_calls_known_are_known():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    names = next(line for line in table if line.startswith("| other names")).split("|")[1]
+    for field, group in zip(["instruction", "output", "input"], names.split(";")):
+        assert {*re.findall(r"`(\w+)`", group)} <= {*prepare_dataset.KNOWN[field]}
 
 
 def test_the_ruler_of_a_markdown_table_is_a_rejected_row(tmp_path):

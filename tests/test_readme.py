@@ -27,6 +27,7 @@ README = Path(lora_finetune.__file__).with_name("README.md").read_text(encoding=
 QUESTION = "How do I list all Pods of a node?"
 ANSWER = "Run kubectl get pods."
 FOLDER = "output/tinyllama-k8s-qlora"
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FORMS = ["zephyr", "chatml", "llama3", "qwen3", "mistral"]
 # chat_template in the tokenizer_config.json of TinyLlama-1.1B-Chat-v1.0
 TINYLLAMA = """{% for message in messages %}
@@ -64,7 +65,7 @@ def follow(recipe, folder, *edits):
 
 
 def write_base(folder, form):
-    """A tiny model whose tokenizer puts a BOS first, and which itself ends texts with that BOS."""
+    """A tiny model whose tokenizer puts a BOS first, with settings that no answer should follow."""
     offline_model.write_tiny(folder, template=form)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.eos_token = "</s>"
@@ -74,8 +75,9 @@ def write_base(folder, form):
     tokenizer.save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.lm_head.weight.data *= 20  # else no adapter could make it sure of an answer
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.bos_token_id
     model.save_pretrained(folder)
+    bent = {"eos_token_id": tokenizer.bos_token_id, "repetition_penalty": 9.0, "temperature": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(bent))
 
 
 def note_prompt(tokenizer, folder):
@@ -89,11 +91,19 @@ def train(model, home, *flags):
     """Train an adapter on one record, on plain weights unless told otherwise, until it is sure."""
     record = {"instruction": QUESTION, "input": "", "output": ANSWER}
     (home / "data.jsonl").write_text(json.dumps(record) + "\n")
-    options = "--max-steps 80 --learning-rate 0.002 --lora-dropout 0 --target-modules"
-    options += " q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
-    options += " --batch-size 1 --gradient-accumulation-steps 1"
-    paths = ["--model", str(model), "--dataset", str(home / "data.jsonl")]
-    lora_finetune.main([*options.split(), *flags, *paths, "--output", str(home / FOLDER)])
+    options = {
+        "--model": model,
+        "--dataset": home / "data.jsonl",
+        "--output": home / FOLDER,
+        "--max-steps": 80,
+        "--learning-rate": 0.002,
+        "--lora-dropout": 0,
+        "--batch-size": 1,
+        "--gradient-accumulation-steps": 1,
+    }
+    for flag, value in options.items():
+        flags += (flag, str(value))
+    lora_finetune.main([*flags, "--target-modules", *LAYERS])
 
 
 Home = namedtuple("Home", ["folder", "base", "tokenizer", "prompt", "end", "text", "asked"])
@@ -129,9 +139,8 @@ def answer(model, prompt):
     return ids[0, len(prompt) :].tolist()
 
 
-def test_asking_asks_as_training_did_and_ends_with_the_turn(home, capsys):
-    exec_ids = home.asked["inputs"]["input_ids"][0].tolist()
-    assert exec_ids == home.prompt
+def test_asking_asks_as_training_did_and_ends_with_the_turn(home):
+    assert home.asked["inputs"]["input_ids"][0].tolist() == home.prompt
     answered = home.asked["answer"][0, len(home.prompt) :].tolist()
     assert home.tokenizer.decode(answered[:-1]).strip() == ANSWER
     assert answered[-1] == home.end
@@ -153,8 +162,10 @@ def test_merged_model_is_base_and_adapter_in_one(home):
         merged_logits, logits = one(ids).logits, two(ids).logits
         with two.disable_adapter():
             base_logits = two(ids).logits
+    learned = (base_logits - logits).abs().max()
     off = (merged_logits - logits).abs().max()  # the merged weights are rounded to 16 bits
-    assert off < 0.05 and off < (base_logits - logits).abs().max() / 20
+    assert off < 0.05
+    assert off < learned / 20
 
 
 def test_merged_folder_answers_and_stops_by_itself(home):
