@@ -223,10 +223,13 @@ def parse_args(argv=None):
     ranges = {}
 
     def add(flag, default, help, low=None, high=1_000_000, **options):
+        """An option; a number has a range from low, whose type is the number's, to high."""
+        if low is not None:
+            options["type"] = type(low)
         action = parser.add_argument(flag, default=default, **options)
         action.help = f"{help} (default: %(default)s)"  # not above: Python 3.10 adds to a switch's
         if low is not None:
-            ranges[flag] = (action.dest, low, high)
+            ranges[action.dest] = (low, high)
 
     add("--model", MODEL, "base model; None: what the adapter was trained on", type=path)
     add("--adapter", ADAPTER, "folder of a LoRA adapter", type=path)
@@ -234,23 +237,16 @@ def parse_args(argv=None):
     add("--precision", PRECISION, "None: as in training", choices=["fp16", "bf16", "fp32"])
     add("--prompts", PROMPTS, "JSON list of questions; None: ten built in", type=path)
     add("--val-data", VAL_DATA, "JSONL to measure perplexity on", type=path)
-    add("--val-prompts", VAL_PROMPTS, "questions of it that are asked", type=int, low=0)
-    add("--max-new-tokens", MAX_NEW_TOKENS, "an answer is cut there", type=int, low=1)
-    add(
-        "--repetition-penalty",
-        REPETITION_PENALTY,
-        "on both sides; 1: none",
-        type=float,
-        low=0.1,
-        high=10,
-    )
-    add("--batch-size", BATCH_SIZE, "prompts at once", type=int, low=1)
+    add("--val-prompts", VAL_PROMPTS, "questions of it that are asked", low=0)
+    add("--max-new-tokens", MAX_NEW_TOKENS, "an answer is cut there", low=1)
+    add("--repetition-penalty", REPETITION_PENALTY, "on both sides; 1: none", low=0.1, high=10)
+    add("--batch-size", BATCH_SIZE, "prompts at once", low=1)
     add("--output", OUTPUT, "JSON file; the page beside it ends in .html", type=path)
 
     args = parser.parse_args(argv)
-    for flag, (name, low, high) in ranges.items():
+    for name, (low, high) in ranges.items():
         if not low <= getattr(args, name) <= high:
-            parser.error(f"argument {flag}: must be from {low} to {high}")
+            parser.error(f"argument --{name.replace('_', '-')}: must be from {low} to {high}")
     return args
 
 
@@ -412,13 +408,12 @@ def count_seen(records, path, data):
         return {}, ""
     trained = []
     source = Path(data["path"])
-    beside = Path(path).with_name(source.name)  # where both were moved, with their folder
-    for file in [Path(path), source, beside]:
+    for file in [Path(path), source]:
         if not file.is_file():
             continue
         if hashlib.sha256(file.read_bytes()).hexdigest() == data["sha256"]:
             trained = read_jsonl(file)
-    if not trained and not source.is_file() and not beside.is_file():
+    if not trained and not source.is_file():
         return {"note": f"not compared with the rows of training: {source} is not here"}, ""
     if not trained:
         return {}, f"training may have seen these rows: {source} was changed since"
@@ -640,7 +635,8 @@ def load_pair(folder, settings, training):
     base = load_base(name, device, settings["precision"], settings["load_in_4bit"])
     mend(base)
     with explained(f"adapter {folder} does not fit {name}", "pass the --model it was trained on"):
-        norm = base.get_input_embeddings().weight[::100].double().norm().item()
+        weight = base.get_input_embeddings().weight[::100]
+        norm = weight.double().norm().item()
         trained = training.get("embedding_norm", norm)
         if not math.isclose(norm, trained, rel_tol=1e-3):  # in bf16 a little else than in fp32
             raise ValueError("the base has other token embeddings")
@@ -908,10 +904,9 @@ def read_log(path):
     val = log["eval_loss"].dropna()
     width = len(train) // 10 + 1
     mean = train.rolling(width, min_periods=1).mean()
-    every = len(train) // 1000 + 1  # not all: a page stays small
     return {
-        "train": list(train[::-every].items()),  # backwards, so that the last one is among them
-        "mean": list(mean[::-every].items()),
+        "train": list(train.items()),
+        "mean": list(mean.items()),
         "val": list(val.items()),
         "width": width,
     }
@@ -1228,7 +1223,9 @@ def main(argv=None):
 
     context = getattr(base.config.get_text_config(), "max_position_embeddings", 2**20)
     limit = settings["max_seq_length"] or context
-    everyday = [to_record({"instruction": q, "output": a}) for q, a in EVERYDAY]
+    everyday = []
+    for question, answer in EVERYDAY:
+        everyday.append({"instruction": question, "input": "", "output": answer})
     rows = {"elsewhere": encode_all(everyday, tokenizer, frame, limit, "built in")}
     if records:
         rows["val data"] = encode_all(records, tokenizer, frame, limit, args.val_data)
@@ -1249,7 +1246,9 @@ def main(argv=None):
     summary = conclude(figures, records, doubt, limit)
     summary.update(seen)
     summary.update(conclude_answers(pairs, seconds, args.repetition_penalty))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
     libraries = ["torch", "transformers", "peft", "bitsandbytes"]
     versions = {name: version(name) for name in libraries}
     results = {

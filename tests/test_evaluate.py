@@ -501,7 +501,6 @@ TRAINED_FILE = [  # what became of it, rows of --val-data, words of the verdict
     ("changed", HELD_OUT, "was changed since"),
     ("gone", TRAINED, "8 of 8 rows were trained on"),
     ("changed", TRAINED, "8 of 8 rows were trained on"),
-    ("moved, with --val-data", HELD_OUT, "Better"),
 ]
 
 
@@ -514,8 +513,6 @@ def test_what_became_of_the_file_trained_on_is_told(fate, rows, words, adapter, 
     if fate == "changed":
         path.parent.mkdir()
         write(path, TRAINED[1:])
-    if fate == "moved, with --val-data":
-        write(tmp_path / "data.jsonl", TRAINED)
     got = quick("--val-data", write(tmp_path / "v.jsonl", rows), adapter=folder)
     summary = got.data["summary"]
     assert words in summary["verdict"]
