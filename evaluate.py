@@ -47,7 +47,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
-from transformers.utils import cached_file
 
 # ---------------------------------------------------------------------------------------------
 # Edit here, or pass the flag of the same name.
@@ -323,8 +322,6 @@ def find_model(name, beside):
             return str(place)
     if re.search(r"^[./~]|/.*/|\\", name):  # no Hub name
         sys.exit(f"error: no folder {name}; pass what the adapter was trained on: --model")
-    with explained(f"no folder {name}, and no such model of the Hub", MODEL_ADVICE):
-        cached_file(name, "config.json")
     return name
 
 
@@ -667,7 +664,8 @@ def check_room(base, prompts, rows, context, max_new_tokens):
         room = f"of {longest:,} tokens and its answer are beyond the model's {context:,}"
         sys.exit(f"error: a question {room}; shorten it or --max-new-tokens")
     texts = [*prompts, *(row["input_ids"] for row in rows)]
-    if max(map(max, texts)) >= len(base.get_input_embeddings().weight):
+    largest = max(map(max, texts))
+    if largest >= len(base.get_input_embeddings().weight):
         sys.exit("error: the model lacks tokens of the tokenizer; pass the --model of the training")
 
 
