@@ -189,8 +189,9 @@ def test_every_table_comes_out_as_it_went_in(rows, order, delimiter, data, pack)
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter=delimiter, quoting=quoting, lineterminator="\r\n")
     writer.writerow([*map(case, order), "note"])
-    writer.writerows([*map(record.get, order), "x"] for record in rows)
-    check_round_trip(rows, pack(text.getvalue()))
+    for record in rows:  # the csv module of Python 3.10 writes no NUL
+        writer.writerow([*(record[name].replace("\0", "\ue000") for name in order), "x"])
+    check_round_trip(rows, pack(text.getvalue().replace("\ue000", "\0")))
 
 
 @quick
