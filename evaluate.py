@@ -1201,7 +1201,8 @@ def main(argv=None):
         training = {}  # another tool's
     settings = settle(args, adapter, training)
     asked = read_prompts(args.prompts)
-    check_output(output, [*folder.glob("*.json"), args.prompts, args.val_data])
+    read = [*folder.glob("*.json"), args.prompts, args.val_data]
+    check_output(output, read)
     records = []
     if args.val_data:
         records = read_jsonl(args.val_data)
