@@ -47,6 +47,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.utils import cached_file
 
 # ---------------------------------------------------------------------------------------------
 # Edit here, or pass the flag of the same name.
@@ -322,6 +323,8 @@ def find_model(name, beside):
             return str(place)
     if re.search(r"^[./~]|/.*/|\\", name):  # no Hub name
         sys.exit(f"error: no folder {name}; pass what the adapter was trained on: --model")
+    with explained(f"no folder {name}, and no such model of the Hub", MODEL_ADVICE):
+        cached_file(name, "config.json")
     return name
 
 

@@ -593,15 +593,17 @@ def test_a_base_is_looked_for_here_and_beside_the_adapter(
 NOWHERE = ["./a", "../a", "/nowhere", "~/nowhere", "some/where/else", "C:\\models\\a"]
 
 
-@pytest.mark.parametrize("name", NOWHERE)
-def test_a_path_that_is_no_folder_is_said_without_asking(
+@pytest.mark.parametrize("name", [*NOWHERE, "nowhere", "some/nowhere"])
+def test_a_base_that_is_no_folder_is_asked_of_the_hub_where_it_can_be_there(
     name, adapter, tmp_path, quick, monkeypatch
 ):
-    monkeypatch.setattr(evaluate, "AutoModelForCausalLM", None)
+    hub = mock.Mock(side_effect=OSError("no connection"))
+    monkeypatch.setattr(evaluate, "cached_file", hub)
     folder = copy(adapter, tmp_path / "adapter")
     change(folder / CONFIG, base_model_name_or_path=name)
-    with pytest.raises(SystemExit, match=f"^error: no folder {re.escape(name)}; "):
+    with pytest.raises(SystemExit, match=f"^error: no folder {re.escape(name)}.*; "):
         quick(adapter=folder)
+    assert hub.called == (name not in NOWHERE)
 
 
 PRECISIONS = [  # asked for, trained in, used on a CPU
