@@ -202,6 +202,7 @@ MODEL_ADVICE = (
 ALPACA_TEMPLATE = (  # for tokenizers that come without a chat template
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "### Instruction:\n{{ message['content'] }}\n\n### Response:\n"
+    "{% elif message['role'] == 'system' %}{{ message['content'] }}\n\n"
     "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 Frame = namedtuple("Frame", ["head", "tail", "blank", "end", "special"])  # see chat_frame
@@ -501,7 +502,7 @@ def check_frame(frame, trained, source):
             same = len(os.path.commonprefix([now, then]))
             shown = slice(same, same + 40)
             what = f"{part} of the prompt is {now[shown]!r}, in training it was {then[shown]!r}"
-            advice = "put back the tokenizer and chat_template.jinja that training saved"
+            advice = "put back chat_template.jinja as saved; chat_frame is the same in both scripts"
             sys.exit(f"error: {source}: the {what}; {advice}")
 
 
