@@ -172,7 +172,7 @@ DAMAGE = {  # to what it knew before
     "unclear": "no damage seen",
     "worse": "it got worse at other things",
 }
-ALLOWED = {  # in adapter_config.json; with others "before" would not be the base, or "after" wrong
+ALLOWED = {  # in adapter_config.json; with others "before" would not be the base, or "after" would be wrong
     "peft_type": ["LORA"],
     "init_lora_weights": [None, True, False, "gaussian", "eva", "orthogonal", "mica"],
     "bias": [None, "none"],
@@ -303,14 +303,14 @@ def settle(args, adapter, training):
         "load_in_4bit": True,
         "max_seq_length": None,
     }
-    trained.update(training.get("arguments", {}))
+    trained.update(training.get("arguments") or {})
     trained["model"] = adapter.get("base_model_name_or_path")  # wins: people edit it there
     settings = vars(args) | {"max_seq_length": None}
     for key in ["model", "precision", "load_in_4bit", "max_seq_length"]:
         if settings[key] is None:
             settings[key] = trained[key]
-    if not isinstance(settings["model"], str):
-        sys.exit("error: the adapter does not say its base; pass what it was trained on: --model")
+    if not settings["model"] or not isinstance(settings["model"], str):
+        sys.exit("error: adapter_config.json names no base; pass what it was trained on: --model")
     if settings["precision"] == "fp16" and not torch.cuda.is_available():
         settings["precision"] = "fp32"
     return settings
@@ -329,16 +329,19 @@ def find_model(name, beside):
     return name
 
 
-def check_output(output, read):
-    """Refuse, before the work, an output that can't be written or would overwrite what is read."""
-    taken = [os.path.realpath(path) for path in read if path]
-    if output.suffix != ".json" or os.path.realpath(output) in taken:
-        sys.exit(f"error: {output} is read here, or not for writing; --output takes a new .json")
-    nearest = output.absolute().parent
-    while not nearest.exists():
-        nearest = nearest.parent
-    with explained(f"can't write to {nearest}", "choose another --output", OSError):
+def check_output(output):
+    """Refuse, before the work, an output that can't be written, or a file of something else."""
+    advice = "choose another --output"
+    old = b'"summary"'
+    with explained(f"can't write to {output.parent}", advice, OSError):
+        for nearest in output.absolute().parents:
+            if nearest.exists():
+                break
         tempfile.TemporaryFile(dir=nearest).close()
+        if output.is_file():
+            old = output.read_bytes()
+    if output.suffix != ".json" or output.is_dir() or b'"summary"' not in old:
+        sys.exit(f"error: {output} is no .json, or not one of evaluate.py; {advice}")
 
 
 # The same in lora_finetune.py, letter for letter.
@@ -415,8 +418,8 @@ def count_seen(records, path, data):
         if hashlib.sha256(file.read_bytes()).hexdigest() == data["sha256"]:
             trained = read_jsonl(file)
     if not trained and not source.is_file():
-        return {"note": f"not compared with the rows of training: {source} is not here"}, ""
-    if not trained:
+        return {"note": f"Not compared with the rows of training: {source} is not here"}, ""
+    if not trained:  # perhaps split anew, so that rows of val were trained on
         return {}, f"training may have seen these rows: {source} was changed since"
 
     known = {folded(record) for record in trained}
@@ -642,10 +645,14 @@ def load_pair(folder, settings, training):
         if not math.isclose(norm, trained, rel_tol=1e-3):  # in bf16 a little else than in fp32
             raise ValueError("the base has other token embeddings")
         saved = load_file(folder / "adapter_model.safetensors")
+        own = list(base.parameters())
+        sums = [weight.sum(dtype=torch.float64) for weight in own]
         model = peft.PeftModel.from_pretrained(base, folder)
         others = saved.keys() ^ peft.get_peft_model_state_dict(model).keys()
         if any("lora_" in key for key in others):
             raise ValueError("its layers are others")
+        if sums != [weight.sum(dtype=torch.float64) for weight in own]:
+            raise ValueError("it changes weights of the base itself")
     return model.eval()
 
 
@@ -683,7 +690,9 @@ def generate(model, tokenizer, prompts, ends, size, side):
         ids = pad_sequence(part, batch_first=True, padding_value=-1, padding_side="left")
         ids = ids.to(model.device)
         mask = ids >= 0
-        ids = torch.where(mask, ids, ids[:, -1:])  # padded with what a penalty heeds anyway
+        ids = torch.where(
+            mask, ids, ids[:, -1:]
+        )  # with the prompt's last token: a penalty counts it already
         output = model.generate(input_ids=ids, attention_mask=mask.long())
 
         for new in output[:, ids.shape[1] :].tolist():
@@ -871,7 +880,7 @@ def conclude_answers(pairs, seconds, penalty):
     if penalty != 1:
         numbers["answers"] += f", repetition penalty {penalty:g}"
     if not changed:
-        numbers["WARNING"] = "no answer changed, the adapter has no effect. Was it trained enough?"
+        numbers["WARNING"] = "no answer changed. Was the adapter trained enough?"
     return numbers
 
 
@@ -900,15 +909,16 @@ def read_log(path):
         log = pd.read_json(path, lines=True)
         log = log.astype({"step": int}).set_index("step")
         log = log.reindex(columns=["loss", "eval_loss"]).astype(float)
-    except Exception:  # or it is another tool's
+    except (OSError, ValueError, KeyError, TypeError):  # or it is another tool's
         return {}
     train = log["loss"].dropna()
     val = log["eval_loss"].dropna()
     width = len(train) // 10 + 1
     mean = train.rolling(width, min_periods=1).mean()
+    every = len(train) // 1000 + 1  # not all: a page stays small
     return {
-        "train": list(train.items()),
-        "mean": list(mean.items()),
+        "train": list(train[::-every].items()),  # backwards, so that the last one is among them
+        "mean": list(mean[::-every].items()),
         "val": list(val.items()),
         "width": width,
     }
@@ -1002,7 +1012,7 @@ PAGE = """<!doctype html>
 <main>
   <h1>{{ summary.verdict }}.</h1>
   {% if summary.note %}
-  <p class="soft">{{ summary.note | capitalize }}.</p>
+  <p class="soft">{{ summary.note }}.</p>
   {% endif %}
 
   <div class="pair">
@@ -1098,7 +1108,7 @@ PAGE = """<!doctype html>
   <h2>Settings</h2>
   <details>
     <summary>Options, versions, device</summary>
-    <pre>{{ settings | tojson(2) }}</pre>
+    <pre>{{ dumps(settings, indent=2, ensure_ascii=False, default=str) }}</pre>
   </details>
 </main>
 </body>
@@ -1114,8 +1124,8 @@ def write_results(output, results, figures, curve):
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = template.render(results, bars=bars, curve=curve, sides=SIDES)
-    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
+    page = template.render(results, bars=bars, curve=curve, sides=SIDES, dumps=json.dumps)
+    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False, default=str)
     files = {output.with_suffix(".html"): page, output: text}
     with explained(f"can't write {output}", "choose another --output", OSError):
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -1205,8 +1215,7 @@ def main(argv=None):
         training = {}  # another tool's
     settings = settle(args, adapter, training)
     asked = read_prompts(args.prompts)
-    read = [*folder.glob("*.json"), args.prompts, args.val_data]
-    check_output(output, read)
+    check_output(output)
     records = []
     if args.val_data:
         records = read_jsonl(args.val_data)
@@ -1219,6 +1228,8 @@ def main(argv=None):
         source = folder
     with explained(f"can't load the tokenizer of {source}", MODEL_ADVICE):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    if not tokenizer.chat_template:
+        tell("template", "none in the tokenizer: asked with that of Alpaca")
     frame = chat_frame(tokenizer)
     check_frame(frame, training.get("prompt", {}), source)
     model = load_pair(folder, settings, training)
@@ -1244,7 +1255,9 @@ def main(argv=None):
         pairs, seconds, figures = run_both(model, tokenizer, ends, asked, prompts, rows, args)
     for each in figures.values():
         if not math.isfinite(each["base"] + each["finetuned"]):
-            sys.exit(f"error: {folder}: no finite figures; train with a lower --learning-rate")
+            sys.exit(
+                f"error: {folder}: no finite figures; pass --precision fp32, or train with a lower --learning-rate"
+            )
 
     summary = conclude(figures, records, doubt, limit)
     summary.update(seen)
@@ -1275,6 +1288,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("error: interrupted; nothing was written")
-    except BrokenPipeError:  # the reader, such as head, has left; the files are written
-        os._exit(0)
+        sys.exit("error: interrupted; stopped")
+    except BrokenPipeError:  # the reader, such as head, has left
+        os._exit(1)

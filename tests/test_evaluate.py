@@ -54,6 +54,7 @@ TRAINED = records_of(TRAINED_THINGS)
 PAIRS = evaluate.EVERYDAY
 EVERYDAY = [{"instruction": question, "input": "", "output": answer} for question, answer in PAIRS]
 WEIGHTS = "adapter_model.safetensors"
+BASE = "base_model_name_or_path"
 CONFIG = "adapter_config.json"
 NOTED = "training_config.json"
 HOSTILE = (
@@ -517,7 +518,7 @@ def test_what_became_of_the_file_trained_on_is_told(fate, rows, words, adapter, 
     summary = got.data["summary"]
     assert words in summary["verdict"]
     unchecked = fate == "gone" and rows == HELD_OUT
-    assert ("not compared with the rows of training" in summary.get("note", "")) == unchecked
+    assert ("Not compared with the rows of training" in summary.get("note", "")) == unchecked
     assert squeezed(summary.get("note", "")) in squeezed(got.out)
 
 
@@ -535,6 +536,17 @@ def test_rows_without_room_for_an_answer_are_counted(name, rows, words, quick, t
     line = got.data["summary"]["val data"]
     assert words in line and ("left out" in line) == bool(words)
     assert squeezed(words) in squeezed(got.out) and words in Page(got.page).text
+
+
+@pytest.mark.parametrize("name", ["model.norm", "model.embed_tokens"])
+def test_an_adapter_that_brings_weights_of_the_base_is_refused(name, adapter, tmp_path, quick):
+    folder = copy(adapter, tmp_path / "adapter")
+    weights = load_file(folder / "adapter_model.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(json.loads((folder / CONFIG).read_text())[BASE])
+    weights[f"base_model.model.{name}.weight"] = 3 * base.get_submodule(name).weight.data
+    save_file(weights, folder / "adapter_model.safetensors")
+    with pytest.raises(SystemExit, match="^error: .*changes weights of the base itself"):
+        quick(adapter=folder)
 
 
 PARTS = ["head", "tail", "blank", "end"]
