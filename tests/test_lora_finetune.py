@@ -1406,5 +1406,5 @@ def test_a_slip_in_the_script_is_not_told_as_something_else(
 
 def test_traceback_shows_the_whole_of_an_error(data, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACEBACK", "1")
-    with pytest.raises(Exception, match="tokenizer"):
+    with pytest.raises(Exception, match="Unrecognized model"):
         lf.main(flags(tmp_path, data, tmp_path / "out"))

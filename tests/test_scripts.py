@@ -282,7 +282,7 @@ def test_a_model_that_does_not_load_is_told_with_its_reason_and_what_helps(
     reason, advice, monkeypatch, tmp_path
 ):
     failing = SimpleNamespace(from_pretrained=mock.Mock(side_effect=reason))
-    monkeypatch.setattr(lora_finetune, "AutoTokenizer", failing)
+    monkeypatch.setattr(lora_finetune, "AutoConfig", failing)
     with pytest.raises(SystemExit, match=f"error: can't load the model Tiny/X: .*{advice}"):
         lora_finetune.main(["--model", "Tiny/X", "--output", str(tmp_path / "out")])
 
