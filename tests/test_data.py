@@ -70,7 +70,7 @@ def test_no_row_stands_twice_across_both_files():
 def test_no_row_asks_what_the_evaluation_asks():
     tree = ast.parse((ROOT / "evaluate.py").read_text(encoding="utf-8"))
     questions = next(
-        ast.literal_eval(node.value).splitlines()
+        ast.literal_eval(node.value)
         for node in tree.body
         if isinstance(node, ast.Assign) and node.targets[0].id == "QUESTIONS"
     )
