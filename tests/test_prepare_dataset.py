@@ -1061,3 +1061,110 @@ def test_a_mistake_at_the_shell_shows_no_traceback_and_help_loads_no_pandas(tmp_
     assert ended.returncode == 1 and len(said) == 1 and said[0].startswith("error: none.csv")
     loaded = subprocess.run([*script, "--help"], **look).stderr
     assert not re.search(r"\b(pandas|pyarrow|torch|transformers)\b", loaded)
+
+
+# what people bring, read as it is meant
+
+SAID = [{"role": "assistant", "content": "l1\nl2"}]
+BROKEN_LINE = '[{"role": "assistant", "content": "l1\nl2"}]'
+WHOLE_CHAT = [{"role": "user", "content": "a?"}, *SAID]
+MEANT = {  # the file, (question, answer) of each record, reasons of the rejected rows
+    "an indented chat in a cell": (
+        cells(["prompt", "completion"], [["a?", json.dumps(SAID, indent=1)]]),
+        [("a?", "l1\nl2")],
+        [],
+    ),
+    "a chat in a cell, with a line break in a text": (
+        cells(["prompt", "completion"], [["a?", BROKEN_LINE]]),
+        [("a?", "l1\nl2")],
+        [],
+    ),
+    "a chat in a cell that is cut off": (
+        cells(["prompt", "completion"], [["a?", BROKEN_LINE[:30]], ["b?", "c"]]),
+        [("b?", "c")],
+        ["a chat that is cut off or broken"],
+    ),
+    "a list that is an answer": (
+        cells(["prompt", "completion"], [["a?", '[{"role": "admin", "verbs": ["get"]}]']]),
+        [("a?", '[{"role": "admin", "verbs": ["get"]}]')],
+        [],
+    ),
+    "columns without a name at the end": (
+        "question,answer,,\na?,b,,\nc?,d, and e,\n",
+        [("a?", "b")],
+        ["more cells than columns"],
+    ),
+    "a prompt with marks of turns": (
+        [{"prompt": "\n\nHuman: a?\n\nAssistant:", "completion": "b"}, {"q": "c?", "a": "d"}],
+        [("c?", "d")],
+        ["the question holds markers of turns"],
+    ),
+    "LLaMA-Factory's mark of a bad answer": (
+        [{**chat(("user", "a?"), ("assistant", "b")), "kto_tag": False}, {"q": "c?", "a": "d"}],
+        [("c?", "d")],
+        ["marked as a bad answer, or as not to be trained"],
+    ),
+    "an answer that nobody sees": (
+        [{"q": "a?", "a": "\u200b"}, {"q": "c?", "a": "d"}],
+        [("c?", "d")],
+        ["no output"],
+    ),
+    "a prompt that is told again in chosen": (
+        [{"prompt": "a?", "chosen": WHOLE_CHAT, "rejected": CHAT}],
+        [("a?", "l1\nl2")],
+        [],
+    ),
+    "a picture beside a text": (
+        [
+            chat(("user", [{"text": "a?", "image": "x.png"}]), ("assistant", "b")),
+            {"q": "c", "a": "d"},
+        ],
+        [("c", "d")],
+        ["a picture"],
+    ),
+    "thoughts beside an answer": (
+        [
+            chat(
+                ("user", "a?"),
+                ("assistant", [{"type": "reasoning_text", "text": "hm"}, {"text": "b"}]),
+            )
+        ],
+        [("a?", "b")],
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MEANT)
+def test_what_people_bring_is_read_as_it_is_meant(tmp_path, kind):
+    content, wanted, reasons = MEANT[kind]
+    records, rejected = kept(tmp_path, content)
+    assert [(record["instruction"], record["output"]) for record in records] == wanted
+    assert [row["reason"] for row in rejected] == reasons
+
+
+def test_a_column_used_in_some_rows_alone_is_said_to_be_not_used_in_others(tmp_path, capsys):
+    task = "Answer the question."
+    rows = [{"instruction": "", "question": "a?", "answer": "b"}]
+    rows += [{"instruction": task, "question": f"{n}?", "answer": "c"} for n in range(3)]
+    kept(tmp_path, rows)
+    assert "question (in some rows)" in capsys.readouterr().out.partition("not used: ")[2]
+
+
+@pytest.mark.parametrize("flags, answer", [([], None), (["--columns", "output=correct"], "z")])
+def test_the_first_of_several_choices_is_no_answer(tmp_path, capsys, flags, answer):
+    content = cells(["question", "A", "B", "C", "correct"], [["a?", "x", "y", "z", "z"]])
+    if answer:
+        records, _ = kept(tmp_path, content, *flags)
+        assert records[0]["output"] == answer
+    else:
+        with pytest.raises(SystemExit, match="correct"):
+            kept(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    "text", ["{'q': 'a', 'a': 'b'}\n", '{"q": "a", "a": "b",}\n', "// x\n{,}\n"]
+)
+def test_broken_json_is_told_what_to_look_for(tmp_path, text):
+    with pytest.raises(SystemExit, match="^error: "):
+        kept(tmp_path, text * 3)
