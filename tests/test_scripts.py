@@ -37,7 +37,9 @@ OTHER_TOOLS = {  # flags that the manual mentions and that belong to other progr
     "--depth",  # git clone
     "--nproc-per-node",  # torchrun
     "--num-processes",  # accelerate launch
-    "--outfile",  # convert_hf_to_gguf.py
+    "--base",  # convert_lora_to_gguf.py
+    "--outfile",  # the same, and convert_hf_to_gguf.py
+    "--weight-decay",  # an option that readers may add
 }
 
 
