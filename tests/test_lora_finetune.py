@@ -807,7 +807,9 @@ def test_twenty_kills_at_random_moments_lose_nothing(arguments, undisturbed, tmp
 def test_a_second_run_on_one_folder_is_refused(arguments, undisturbed, tmp_path, capsys, forked):
     first, says = forked(arguments)
     wait_for(BEGUN, says, first)
+    os.kill(first.pid, signal.SIGSTOP)  # else it may end before the second has begun
     line = error_line([*arguments, "--overwrite"], capsys)
+    os.kill(first.pid, signal.SIGCONT)
     assert first.is_alive() and "another run that writes there" in line and "--output" in line
     first.join()
     assert_same_run(tmp_path / "out", undisturbed)
