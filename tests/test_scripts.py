@@ -493,6 +493,11 @@ CHANGES = {  # the wishes of the manual: what stands there, what is written inst
         "    labels = list(input_ids)\n",
     ),
     "system prompt": (ASKED, ASKED.replace("[{", f"[{SYSTEM}, {{")),
+    "TensorBoard": (
+        "            log += new\n",
+        "            log += new\n"
+        '            for entry in new: writer.add_scalars("log", {**entry, "grad_norm": norm}, done)\n',
+    ),
     "8 bits": ("            load_in_4bit=True,\n", "            load_in_8bit=True,\n"),
     "temperature": (
         "        do_sample=False,\n",
@@ -515,7 +520,8 @@ def edited(name, wish):
 def test_the_manual_says_what_to_write(wish):
     manual = (ROOT / "README.md").read_text(encoding="utf-8")
     section = manual.split("\n## Change the script\n")[1].split("\n## ")[0]
-    lines = [line.strip().rstrip(",") for line in CHANGES[wish][1].splitlines()]
+    old, new = CHANGES[wish]
+    lines = [line.strip().rstrip(",") for line in new.removeprefix(old).splitlines()]
     assert ", ".join(lines) in section
 
 
@@ -531,6 +537,16 @@ def test_weight_decay_is_one_number(tiny, data, tmp_path, monkeypatch):
     run = run_of(tiny, data, tmp_path / "out", "--max-steps", 2)
     edited("lora_finetune.py", "weight decay").main(run)
     assert seen == {0.01}
+
+
+def test_tensorboard_gets_what_the_log_has(tiny, data, tmp_path):
+    module, seen = edited("lora_finetune.py", "TensorBoard"), []
+    note = SimpleNamespace(add_scalars=lambda name, values, step: seen.append((step, values)))
+    module.writer = note
+    module.main(run_of(tiny, data, tmp_path / "out", "--epochs", 2, "--val-data", data))
+    log = [json.loads(line) for line in open(tmp_path / "out/training_log.jsonl")][1:]
+    for entry, (step, values) in zip(log, seen, strict=True):
+        assert step == entry["step"] and entry.items() <= values.items()
 
 
 def test_a_constant_rate_is_one_line(tiny, data, tmp_path):
