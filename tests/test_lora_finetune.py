@@ -639,6 +639,13 @@ def test_a_cpu_computes_in_bf16_only_where_asked(tiny, data, tmp_path, capsys, a
     assert logged(tmp_path / "out", "loss")[0] == pytest.approx(5.89, abs=0.3)
 
 
+@pytest.mark.parametrize("name, told", [("amx_bf16", 1), ("avx512_bf16", 1), ("avx2", 0)])
+def test_a_cpu_that_knows_bf16_is_said_to(tiny, data, tmp_path, capsys, monkeypatch, name, told):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True}, raising=False)
+    lf.main(flags(tiny, data, tmp_path / "out", "--max-steps", 1))
+    assert capsys.readouterr().out.count("--precision bf16 is") == told
+
+
 # stopping and going on ---------------------------------------------------------------------------
 
 RUN = ["--max-steps", 12, "--batch-size", 2, "--gradient-accumulation-steps", 2]
