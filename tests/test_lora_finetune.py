@@ -29,6 +29,7 @@ from conftest import ROOT, largest_file, llama_tokenizer, without_privileges
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -488,15 +489,25 @@ def vocabularies(tiny_models):
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters]
     pieces += ["".join(pair) for pair in merged]
     vocab = {piece: id for id, piece in enumerate(pieces)}
+    over = AutoTokenizer.from_pretrained(tiny_models(template="chatml"))
+    parts = json.loads(over.backend_tokenizer.to_str())
+    for pair in ("Ċ", "Ġ"), (">", ">"):  # tokens that reach over the border of prompt and answer
+        parts["model"]["vocab"]["".join(pair)] = len(over) + len(parts["model"]["merges"])
+        parts["model"]["merges"].insert(0, list(pair))
+    backend = Tokenizer.from_str(json.dumps(parts))
+    over = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
     return {
         "byte-level": AutoTokenizer.from_pretrained(tiny_models(template="chatml")),
+        "byte-level, over the border": over,
         "SentencePiece": llama_tokenizer(vocab, merged, legacy=False),
     }
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("vocabulary", ["byte-level", "SentencePiece"])
+@pytest.mark.parametrize(
+    "vocabulary", ["byte-level", "byte-level, over the border", "SentencePiece"]
+)
 def test_an_answer_is_learned_whole_after_the_ids_that_are_asked(
     vocabularies, vocabulary, form, answer
 ):
