@@ -224,9 +224,13 @@ def parse_args(argv=None):
     ranges = {}
 
     def add(flag, default, help, low=None, high=1_000_000, **options):
-        """An option; a number has a range from low, whose type is the number's, to high."""
-        if low is not None:
-            options["type"] = type(low)
+        """An option; a number has the type of low, or of its default, and a range from low to high."""
+        number = default if low is None else low
+        if type(number) in [int, float]:
+            options["type"] = type(number)
+        choices = options.get("choices")
+        if choices and default not in [None, *choices]:
+            parser.error(f"argument {flag}: {default}: choose from {', '.join(choices)}")
         action = parser.add_argument(flag, default=default, **options)
         action.help = f"{help} (default: %(default)s)"  # not above: Python 3.10 adds to a switch's
         if low is not None:
@@ -246,8 +250,12 @@ def parse_args(argv=None):
 
     args = parser.parse_args(argv)
     for name, (low, high) in ranges.items():
-        if not low <= getattr(args, name) <= high:
-            parser.error(f"argument --{name.replace('_', '-')}: must be from {low} to {high}")
+        value = getattr(args, name)
+        is_number = type(value) in [int, type(low)]  # an edited constant may be anything
+        if not is_number or not low <= value <= high:
+            flag = "--" + name.replace("_", "-")
+            kind = type(low).__name__
+            parser.error(f"argument {flag}: must be from {low} to {high} ({kind})")
     return args
 
 
@@ -415,7 +423,8 @@ def count_seen(records, path, data):
     for file in [Path(path), source]:
         if not file.is_file():
             continue
-        if hashlib.sha256(file.read_bytes()).hexdigest() == data["sha256"]:
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() == data["sha256"]:
             trained = read_jsonl(file)
     if not trained and not source.is_file():
         return {"note": f"Not compared with the rows of training: {source} is not here"}, ""
@@ -690,9 +699,8 @@ def generate(model, tokenizer, prompts, ends, size, side):
         ids = pad_sequence(part, batch_first=True, padding_value=-1, padding_side="left")
         ids = ids.to(model.device)
         mask = ids >= 0
-        ids = torch.where(
-            mask, ids, ids[:, -1:]
-        )  # with the prompt's last token: a penalty counts it already
+        last = ids[:, -1:]  # as padding: a penalty counts this token already
+        ids = torch.where(mask, ids, last)
         output = model.generate(input_ids=ids, attention_mask=mask.long())
 
         for new in output[:, ids.shape[1] :].tolist():
@@ -756,7 +764,8 @@ def micro_batches(rows, room):
 
 def measure(nll_of, rows, size):
     """The NLL in nats of each row's answer, all its tokens together."""
-    room = size * len(rows[0]["input_ids"]) // 2  # half as many as prompts: all tokens at once
+    longest = len(rows[0]["input_ids"])
+    room = size * longest // 2  # half as many as prompts: all tokens at once
     parts = list(micro_batches(rows, room))
     nats = []
     for part in tqdm(parts, "perplexity", disable=HIDE_BARS, leave=False):
@@ -846,22 +855,17 @@ def run_both(model, tokenizer, ends, asked, prompts, rows, args):
 
 
 def judge(figures):
-    """A key of VERDICTS, by where the interval lies."""
-    low, high = figures["ratio_ci95"] or (0, math.inf)
-    if high < 1:
-        return "better"
-    if low > 1:
-        return "worse"
-    return "unclear"
-
-
-def quote(figures):
-    """The figures of a group in words."""
+    """What the figures of a group say: a key of VERDICTS, by where the interval lies, and in words."""
+    verdict = "unclear"
     interval = "no interval"
     if figures["ratio_ci95"]:
         low, high = figures["ratio_ci95"]
         interval = f"95% interval {low:.3f} to {high:.3f}"
-    return FIGURES.format(interval=interval, **figures)
+        if high < 1:
+            verdict = "better"
+        if low > 1:
+            verdict = "worse"
+    return verdict, FIGURES.format(interval=interval, **figures)
 
 
 def conclude_answers(pairs, seconds, penalty):
@@ -884,22 +888,40 @@ def conclude_answers(pairs, seconds, penalty):
     return numbers
 
 
+def doubt_figures(figures, path, training, settings):
+    """Why figures can't be trusted, where training measured the same file otherwise, or ""."""
+    result = training.get("result") or {}
+    loss = result.get("eval_loss")
+    content = Path(path).read_bytes()
+    rows = hashlib.sha256(content).hexdigest()
+    if loss is None or rows != training["data"].get("val_sha256"):
+        return ""
+    trained = training["arguments"]
+    if settings["load_in_4bit"] != trained["load_in_4bit"]:
+        return ""
+    difference = math.log(figures["finetuned"]) - loss
+    if abs(difference) < 0.03:  # as between two devices
+        return ""
+    then = f"the training measured {math.exp(loss):.2f} on these rows"
+    return f"{then}; was one of the two scripts changed alone?"
+
+
 def conclude(figures, records, doubt, limit):
     """What the figures say, in sentences."""
     summary = {"verdict": "No verdict without --val-data: read the answers side by side"}
     if records:
-        held_out = figures["val data"]
-        summary["verdict"] = VERDICTS[judge(held_out)]
+        verdict, told = judge(figures["val data"])
+        summary["verdict"] = VERDICTS[verdict]
         if doubt:
             summary["verdict"] = f"No verdict: {doubt}"
-        summary["val data"] = quote(held_out)
-        left_out = len(records) - held_out["rows"]
+        summary["val data"] = told
+        left_out = len(records) - figures["val data"]["rows"]
         if left_out:
-            told = f"{left_out} of {len(records)} rows left out: no room for an answer"
-            summary["val data"] += f"; {told} within {limit} tokens"
+            cause = f"{left_out} of {len(records)} rows left out: no room for an answer"
+            summary["val data"] += f"; {cause} within {limit} tokens"
 
-    elsewhere = figures["elsewhere"]
-    summary["elsewhere"] = f"{quote(elsewhere)}: {DAMAGE[judge(elsewhere)]}"
+    verdict, told = judge(figures["elsewhere"])
+    summary["elsewhere"] = f"{told}: {DAMAGE[verdict]}"
     return summary
 
 
@@ -1255,10 +1277,11 @@ def main(argv=None):
         pairs, seconds, figures = run_both(model, tokenizer, ends, asked, prompts, rows, args)
     for each in figures.values():
         if not math.isfinite(each["base"] + each["finetuned"]):
-            sys.exit(
-                f"error: {folder}: no finite figures; pass --precision fp32, or train with a lower --learning-rate"
-            )
+            advice = "pass --precision fp32, or train with a lower --learning-rate"
+            sys.exit(f"error: {folder}: no finite figures; {advice}")
 
+    if records and not doubt:
+        doubt = doubt_figures(figures["val data"], args.val_data, training, settings)
     summary = conclude(figures, records, doubt, limit)
     summary.update(seen)
     summary.update(conclude_answers(pairs, seconds, args.repetition_penalty))

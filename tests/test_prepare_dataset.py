@@ -1089,6 +1089,18 @@ MEANT = {  # the file, (question, answer) of each record, reasons of the rejecte
         [("a?", '[{"role": "admin", "verbs": ["get"]}]')],
         [],
     ),
+    "SQuAD's answers, written by pandas": (
+        cells(
+            ["question", "answers"],
+            [
+                ["a?", "{'text': array(['b'], dtype=object), 'answer_start': array([1])}"],
+                ["c?", "{'text': ['d', 'e'], 'answer_start': [1, 2]}"],
+                ["What does it print?", "{'text': 'b'}"],
+            ],
+        ),
+        [("What does it print?", "{'text': 'b'}")],
+        ["output is an object, not text"] * 2,
+    ),
     "columns without a name at the end": (
         "question,answer,,\na?,b,,\nc?,d, and e,\n",
         [("a?", "b")],

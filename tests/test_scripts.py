@@ -4,6 +4,7 @@ import argparse
 import ast
 import inspect
 import json
+import math
 import os
 import re
 import shlex
@@ -250,6 +251,40 @@ def test_a_mistake_is_refused_in_one_line(tiny, data, tmp_path, capsys, monkeypa
     assert says in line
     assert files(tmp_path) == ["file", "model.gguf"]
     assert (tmp_path / "file").read_text() == "kept"
+
+
+CONSTANTS = [  # a script, what someone writes at its top
+    ("prepare_dataset.py", "VAL_SPLIT", None),
+    ("prepare_dataset.py", "VAL_SPLIT", "a tenth"),
+    ("prepare_dataset.py", "DELIMITER", "\t"),
+    ("prepare_dataset.py", "SEED", "x"),
+    ("lora_finetune.py", "PRECISION", "fp64"),
+    ("lora_finetune.py", "EPOCHS", None),
+    ("lora_finetune.py", "EPOCHS", "three"),
+    ("lora_finetune.py", "LORA_R", 16.5),
+    ("lora_finetune.py", "LORA_R", True),
+    ("lora_finetune.py", "BATCH_SIZE", [4]),
+    ("evaluate.py", "PRECISION", "half"),
+    ("evaluate.py", "MAX_NEW_TOKENS", 0),
+    ("evaluate.py", "MAX_NEW_TOKENS", 9.5),
+    ("evaluate.py", "BATCH_SIZE", None),
+]
+
+
+@pytest.mark.parametrize("name, constant, value", CONSTANTS)
+def test_a_constant_of_a_wrong_kind_is_told_by_its_flag(name, constant, value, monkeypatch, capsys):
+    monkeypatch.setattr(SCRIPTS[name], constant, value)
+    with pytest.raises(SystemExit) as stopped:
+        SCRIPTS[name].main([])
+    assert stopped.value.code == 2
+    assert flag(constant.lower()) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_whole_numbers_do_where_fractions_are_meant(monkeypatch):
+    for constant, value in [("EPOCHS", 2), ("LEARNING_RATE", 1), ("LORA_ALPHA", 8)]:
+        monkeypatch.setattr(lora_finetune, constant, value)
+    args = lora_finetune.parse_args([])
+    assert (args.epochs, args.learning_rate, args.lora_alpha) == (2, 1, 8)
 
 
 # ------------------------------------------------------------------------------- house style
@@ -580,6 +615,41 @@ def test_a_system_prompt_in_one_script_alone_is_noticed(tiny_models, data, tmp_p
     with pytest.raises(SystemExit, match="^error: .*head of the prompt"):
         evaluate.main(compare)
     assert edited("evaluate.py", "system prompt").main(compare)["prompts"] == 10
+
+
+def test_a_loss_that_one_script_alone_counts_otherwise_gets_no_verdict(able, data, tmp_path):
+    out = tmp_path / "out"
+    held_out = write_jsonl(tmp_path / "val.jsonl", [{"instruction": "Who?", "output": "You."}])
+    run = run_of(able, data, out, "--max-steps", 1, "--val-data", held_out)
+    edited("lora_finetune.py", "loss on the prompt").main(run)
+    compare = ["--adapter", str(out), "--val-data", str(held_out), "--max-new-tokens", "2"]
+    compare += ["--output", str(tmp_path / "r.json")]
+    both = edited("evaluate.py", "loss on the prompt").main(compare)
+    loss = json.loads((out / "training_config.json").read_text())["result"]["eval_loss"]
+    assert math.log(both["perplexity"]["finetuned"]) == pytest.approx(loss, rel=1e-5)
+    assert not both["verdict"].startswith("No verdict")
+
+    alone = evaluate.main(compare)["verdict"]
+    assert alone.startswith(f"No verdict: the training measured {math.exp(loss):.2f} on these rows")
+    # in other weights, or of other rows, another figure is no wonder
+    otherwise = evaluate.main([*compare, "--load-in-4bit"])["verdict"]
+    assert not otherwise.startswith("No verdict")
+    write_jsonl(held_out, [{"instruction": "What?", "output": "You."}])
+    assert not evaluate.main(compare)["verdict"].startswith("No verdict")
+
+
+def test_an_option_needs_no_range_and_its_number_stays_a_number(monkeypatch):
+    text = (ROOT / "lora_finetune.py").read_text(encoding="utf-8")
+    line = '    add("--resume", RESUME'
+    new = '    add("--weight-decay", 0.5, "pull to 0")\n    add("--pools", 3, "many")\n'
+    assert text.count(line) == 1
+    module = types.ModuleType("lora_finetune")
+    exec(compile(text.replace(line, new + line), "x", "exec"), module.__dict__)
+    args = module.parse_args(["--weight-decay", "1e9", "--pools", "-7"])
+    assert (args.weight_decay, args.pools) == (1e9, -7)
+    assert module.parse_args([]).weight_decay == 0.5
+    with pytest.raises(SystemExit):
+        module.parse_args(["--weight-decay", "much"])
 
 
 def test_eight_bits_are_one_word(tiny, data, tmp_path, monkeypatch):
