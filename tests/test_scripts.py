@@ -656,6 +656,10 @@ CHANGES = {  # the wishes of the manual: what stands there, what is written inst
         "        do_sample=True,\n        temperature=0.7,\n        top_k=0,\n",
     ),
 }
+OTHERWISE = {  # how an evaluation may differ from what training measured
+    "weights": {"load_in_4bit": True},
+    "rows": {"val_data": "other.jsonl"},
+}
 TWO_OPTIONS = """
     add("--weight-decay", 0.5, "pull to 0")
     add("--pools", 3, "many")
@@ -800,7 +804,7 @@ def test_a_loss_that_one_script_alone_counts_otherwise_gets_no_verdict(whole_tex
     assert verdict.startswith(f"No verdict: the training measured {measured:.2f} on these rows")
 
 
-@pytest.mark.parametrize("other", [{"load_in_4bit": True}, {"val_data": "other.jsonl"}])
+@pytest.mark.parametrize("other", OTHERWISE.values(), ids=OTHERWISE)
 def test_in_other_weights_or_of_other_rows_another_figure_is_no_wonder(whole_texts, other):
     verdict = evaluated(whole_texts, evaluate, **other)["verdict"]
     assert not verdict.startswith("No verdict")
