@@ -215,7 +215,7 @@ Home = namedtuple("Home", ["folder", "base", "tokenizer", "seen", "asked"])
 
 @pytest.fixture(scope="module", params=FORMS)
 def home(request, tmp_path_factory):
-    """A folder where an adapter was trained and all recipes were followed, and what training saw."""
+    """A folder where an adapter was trained and all recipes were followed."""
     folder = tmp_path_factory.mktemp(request.param)
     base = folder / "base"
     write_base(base, request.param)
@@ -317,7 +317,7 @@ def test_the_modelfile_begins_with_the_file_that_was_converted(home):
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_merging_leaves_the_tokenizer_as_it_is(legacy, tmp_path):
-    """transformers 5 forgets whether a blank was put after every control token, as Llama 2 has it."""
+    """transformers 5 forgets whether a blank was put after every control token, as in Llama 2."""
     shape = LlamaConfig(
         vocab_size=300,
         hidden_size=16,
