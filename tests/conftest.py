@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import json
 import os
 import resource
 import sys
@@ -22,23 +23,93 @@ import transformers  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizerFast  # noqa: E402
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LAYERS = [  # that an adapter can be put on
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+]
+
+
+def argv(**options):
+    """A command line: argv(max_steps=2, load_in_4bit=False, target_modules=["up", "down"])."""
+    words = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if value is True:
+            words.append(f"--{flag}")
+        elif value is False:
+            words.append(f"--no-{flag}")
+        elif isinstance(value, list):
+            words += [f"--{flag}", *value]
+        else:
+            words += [f"--{flag}", str(value)]
+    return words
+
+
+def section(title):
+    """The text below a heading of README.md."""
+    below = README.partition(f"\n## {title}\n")[2]
+    return below.partition("\n## ")[0]
+
+
+def read_json(path):
+    """What a JSON file holds."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_jsonl(path):
+    """The objects of a JSONL file."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def write_jsonl(path, records):
+    """Write records, a line of JSON each."""
+    with open(path, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record) + "\n")
+
+
+def llama_vocab(*pieces):
+    """{piece: id} of a tokenizer of Llama's kind: control tokens, all bytes, then these pieces."""
+    in_order = ["<unk>", "<s>", "</s>"]
+    in_order += [f"<0x{byte:02X}>" for byte in range(256)]
+    in_order += pieces
+    return {piece: id for id, piece in enumerate(in_order)}
+
 
 def llama_tokenizer(vocab, merges, legacy):
     """Llama's tokenizer over a few pieces; transformers 4 makes it from SentencePiece's model."""
-    if int(transformers.__version__.split(".")[0]) >= 5:
+    major = int(transformers.__version__.partition(".")[0])
+    if major >= 5:
         return LlamaTokenizerFast(vocab=vocab, merges=merges, legacy=legacy)
-    backend = Tokenizer(
-        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+
+    bpe = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend = Tokenizer(bpe)
     if legacy:
         blanks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         backend.normalizer = normalizers.Sequence(blanks)
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*parts, decoders.Strip(content=" ", left=1)])
-    named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    return LlamaTokenizerFast(tokenizer_object=backend, legacy=legacy, **named)
+    parts = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(content=" ", left=1),
+    ]
+    backend.decoder = decoders.Sequence(parts)
+    return LlamaTokenizerFast(
+        tokenizer_object=backend,
+        legacy=legacy,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -47,11 +118,12 @@ def tiny_models(tmp_path_factory):
     made = {}
 
     def model(architecture="llama", template="zephyr"):
-        key = architecture, template
-        if key not in made:
-            made[key] = str(tmp_path_factory.mktemp("-".join(key)))
-            offline_model.write_tiny(made[key], architecture, template)
-        return made[key]
+        name = f"{architecture}-{template}"
+        if name not in made:
+            folder = str(tmp_path_factory.mktemp(name))
+            offline_model.write_tiny(folder, architecture, template)
+            made[name] = folder
+        return made[name]
 
     return model
 
@@ -74,11 +146,14 @@ def able(tiny, tmp_path_factory):
 
 
 def without_privileges(call):
-    """Return what call() returns, run in a thread that has no rights over files but its user's, root or not."""
+    """Return what call() returns, run with the rights over files of a plain user."""
 
     def give_up():
-        linux3 = (ctypes.c_uint32 * 2)(0x20080522, 0)
-        if ctypes.CDLL(None).capset(linux3, (ctypes.c_uint32 * 6)()):  # of this thread alone
+        """Drop all capabilities of this thread alone."""
+        version_3 = (ctypes.c_uint32 * 2)(0x20080522, 0)
+        none = (ctypes.c_uint32 * 6)()
+        failed = ctypes.CDLL(None).capset(version_3, none)
+        if failed:
             pytest.skip("no capset on this system")
 
     with ThreadPoolExecutor(1) as thread:
@@ -90,14 +165,15 @@ def without_privileges(call):
 @contextlib.contextmanager
 def largest_file(size):
     """No file may grow beyond so many bytes, which fails as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(autouse=True)
-def no_notebook(monkeypatch):
+def width_of_the_terminal(monkeypatch):
+    """What is printed is as wide as on a terminal of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")

@@ -1,6 +1,9 @@
-"""Time prepare_dataset.py on a million rows (500 MB) beside pandas.read_csv, by turns, each in its own process.
+"""Time prepare_dataset.py on a million rows (500 MB) beside pandas.read_csv.
 
-python tests/benchmarks/prepare.py [--rows 1000000] [--rounds 3] [--form csv] [--beside OTHER/prepare_dataset.py]
+They run by turns, each in its own process; --beside adds another prepare_dataset.py.
+
+    python tests/benchmarks/prepare.py
+    python tests/benchmarks/prepare.py --rows 100000 --rounds 3 --form list --beside OTHER.py
 """
 
 import argparse
@@ -8,20 +11,25 @@ import csv
 import json
 import os
 import random
-import statistics
 import sys
 import tempfile
 import time
+from collections import namedtuple
 from pathlib import Path
+from statistics import median
 
 SCRIPT = Path(__file__).resolve().parents[2] / "prepare_dataset.py"
 PANDAS = "import sys, pandas; pandas.read_csv(sys.argv[1], dtype=str, keep_default_na=False)"
 FIELDS = ["instruction", "input", "output"]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+Run = namedtuple("Run", ["wall", "cpu", "peak"])  # seconds, seconds, MiB
 
 
 def parse_args():
-    look = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=look)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--form", choices=["csv", "lines", "list"], default="csv")
@@ -29,33 +37,57 @@ def parse_args():
     return parser.parse_args()
 
 
+def make_words(rng):
+    """5,000 words of 2 to 9 letters."""
+    words = []
+    for _ in range(5000):
+        letters = rng.choices(LETTERS, k=rng.randrange(2, 10))
+        words.append("".join(letters))
+    return words
+
+
 def make_rows(count):
     """Yield rows of about 500 bytes, a third of them with an input."""
     rng = random.Random(0)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["".join(rng.choices(letters, k=rng.randrange(2, 10))) for _ in range(5000)]
+    words = make_words(rng)
     for i in range(count):
-        question, answer = " ".join(rng.choices(words, k=12)), " ".join(rng.choices(words, k=60))
-        yield [f"{i} {question}", "" if i % 3 else question, answer]
+        question = " ".join(rng.choices(words, k=12))
+        answer = " ".join(rng.choices(words, k=60))
+        about = question
+        if i % 3:
+            about = ""
+        yield [f"{i} {question}", about, answer]
 
 
 def write_csv(path, rows):
+    """Write a table with a header."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([FIELDS, *rows])
+        table = csv.writer(file)
+        table.writerow(FIELDS)
+        table.writerows(rows)  # one by one: what is held here would count as a child's peak
 
 
-def write_json(path, rows, form):
-    """Write one object a line, or a list of them in one line."""
-    start, between, end = ("[", ", ", "]") if form == "list" else ("", "\n", "\n")
-    texts = (json.dumps(dict(zip(FIELDS, row)), ensure_ascii=False) for row in rows)
+def write_lines(path, rows):
+    """Write one JSON object a line."""
     with open(path, "w", encoding="utf-8") as file:
-        file.write(start + next(texts))
-        file.writelines(between + text for text in texts)
-        file.write(end)
+        for row in rows:
+            record = dict(zip(FIELDS, row))
+            file.write(json.dumps(record) + "\n")
+
+
+def write_list(path, rows):
+    """Write a JSON list in one line."""
+    separator = "["
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            record = dict(zip(FIELDS, row))
+            file.write(separator + json.dumps(record))
+            separator = ", "
+        file.write("]")
 
 
 def measure(command):
-    """Run a command: (seconds, seconds of processor time, peak MiB)."""
+    """Run Python in a process of its own, what it prints thrown away."""
     began = time.monotonic()
     child = os.posix_spawn(
         sys.executable,
@@ -64,29 +96,44 @@ def measure(command):
         file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
     )
     _, status, used = os.wait4(child, 0)
+    wall = time.monotonic() - began
     assert status == 0, command
-    return time.monotonic() - began, used.ru_utime + used.ru_stime, used.ru_maxrss >> 10
+    return Run(wall, used.ru_utime + used.ru_stime, used.ru_maxrss >> 10)
 
 
-args = parse_args()
-with tempfile.TemporaryDirectory() as folder:
-    table, source = Path(folder, "rows.csv"), Path(folder, f"rows.{args.form}")
-    write_csv(table, make_rows(args.rows))
-    if args.form != "csv":
-        write_json(source, make_rows(args.rows), args.form)
-    commands = {"pandas.read_csv": ["-c", PANDAS, table]}
-    for script in filter(None, (SCRIPT, args.beside)):
-        commands[str(script)] = [script, "--input", source, "--output", folder]
-    runs = {name: [] for name in commands}
-    for _ in range(args.rounds):
-        for name, command in commands.items():
-            runs[name].append(measure(command))
-    print(
-        f"{args.rows:,} rows, {args.form}, {source.stat().st_size / 1e6:,.0f} MB; median of rounds"
-    )
-    for name, figures in runs.items():
-        wall, cpu, peak = map(statistics.median, zip(*figures))
-        ratio = statistics.median(
-            own[1] / base[1] for own, base in zip(figures, runs["pandas.read_csv"])
-        )
-        print(f"{wall:6.1f} s  {cpu:6.1f} s cpu  x {ratio:4.1f}  {peak:6,.0f} MiB  {name}")
+def report(name, runs, of_pandas):
+    """Print the medians of a command, and of its processor time against pandas' round by round."""
+    wall = median(run.wall for run in runs)
+    cpu = median(run.cpu for run in runs)
+    peak = median(run.peak for run in runs)
+    ratio = median(own.cpu / base.cpu for own, base in zip(runs, of_pandas))
+    print(f"{wall:6.1f} s  {cpu:6.1f} s cpu  x {ratio:4.1f}  {peak:6,.0f} MiB  {name}")
+
+
+def main():
+    args = parse_args()
+    write = {"csv": write_csv, "lines": write_lines, "list": write_list}
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder, "rows.csv")
+        source = Path(folder, f"rows.{args.form}")
+        write_csv(table, make_rows(args.rows))
+        if args.form != "csv":
+            write[args.form](source, make_rows(args.rows))
+
+        commands = {"pandas.read_csv": ["-c", PANDAS, table]}
+        for script in [SCRIPT, args.beside]:
+            if script:
+                commands[str(script)] = [script, "--input", source, "--output", folder]
+        runs = {name: [] for name in commands}
+        for _ in range(args.rounds):
+            for name, command in commands.items():
+                runs[name].append(measure(command))
+
+        size = source.stat().st_size / 1e6
+        print(f"{args.rows:,} rows, {args.form}, {size:,.0f} MB; median of rounds")
+        for name, own in runs.items():
+            report(name, own, runs["pandas.read_csv"])
+
+
+if __name__ == "__main__":
+    main()
