@@ -301,6 +301,7 @@ def write_parrot(folder, answers, after=None, template="zephyr"):
     Embeddings are unit vectors, layers add nothing, and the head maps each token to its follower.
     In the template "bare" the prompt is the question and no more.
     """
+    # what follows each token
     after = after or {}
     end = END_OF_TURN[template]
     follower = dict.fromkeys(after.values(), end)
@@ -309,6 +310,7 @@ def write_parrot(folder, answers, after=None, template="zephyr"):
             follower.setdefault(token, following)
             token = following
 
+    # a tokenizer that knows them all
     base = folder / "base"
     if template == "bare":
         offline_model.write_tiny(base)
@@ -322,6 +324,7 @@ def write_parrot(folder, answers, after=None, template="zephyr"):
     tokenizer.save_pretrained(base)
     id_of = tokenizer.convert_tokens_to_ids
 
+    # the base
     model = AutoModelForCausalLM.from_pretrained(base)
     model.resize_token_embeddings(len(tokenizer))
     model.config.max_position_embeddings = 8192
@@ -335,6 +338,7 @@ def write_parrot(folder, answers, after=None, template="zephyr"):
         head[id_of(follower[token]), n] = 1
     model.save_pretrained(base)
 
+    # the adapter
     config = peft.LoraConfig(r=1, target_modules=["lm_head"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)
     lora = model.get_output_embeddings()
@@ -453,6 +457,7 @@ REFERENCES = {  # of rows held out; the first five of them are asked
     "[wide]": "始" + "部署" * 400 + "終",
     "[two]": "not asked: the sixth row",
 }
+TIMES_SHOWN = 5 + 9 + 2 * 2 + 1  # HOSTILE: questions held out, others, answers, a reference
 
 
 @pytest.fixture(scope="module")
@@ -499,7 +504,8 @@ def model_inputs(monkeypatch):
 def test_figures_are_those_of_plain_peft(side, results, plain_models, tokenizer):
     model = plain_models[side]
 
-    for figures, records in [(results.figures, HELD_OUT), (results.general, EVERYDAY)]:
+    groups = [(results.figures, HELD_OUT), (results.general, EVERYDAY)]
+    for figures, records in groups:
         figure, tokens = plain_perplexity(model, tokenizer, records)
         assert figures[side] == pytest.approx(figure, rel=1e-5)
         assert figures["tokens"] == tokens
@@ -548,7 +554,8 @@ def test_adapters_of_other_tools_have_plain_figures(kind, tiny, tokenizer, tmp_p
 
     assert len(got.answers) == 3
     assert got.settings["load_in_4bit"] == in_4bit
-    for side, put_on in [("base", None), ("finetuned", folder)]:
+    sides = {"base": None, "finetuned": folder}
+    for side, put_on in sides.items():
         model = plain_model(tiny, put_on, in_4bit)
         figure, _ = plain_perplexity(model, tokenizer, HELD_OUT)
         assert got.figures[side] == pytest.approx(figure, rel=1e-5)
@@ -914,7 +921,7 @@ MEASURED = {  # loss noted by training, less the one here; rows, flags, words of
     "lower": (-0.05, HELD_OUT, [], "No verdict: the training measured"),
     "higher": (0.05, HELD_OUT, [], "No verdict: the training measured"),
     "higher, on other rows": (0.5, HELD_OUT[:7], [], "Better"),
-    "higher, in 4 bits": (0.5, HELD_OUT, ["--no-load-in-4bit"], "Better"),
+    "higher, not in 4 bits": (0.5, HELD_OUT, ["--no-load-in-4bit"], "Better"),
 }
 
 
@@ -1062,7 +1069,14 @@ def test_a_base_that_is_no_folder_is_asked_of_the_hub_where_it_can_be_there(
     assert hub.called == of_hub
 
 
-@pytest.mark.parametrize("shape", [{"seed": 1}, {"width": 32}, {"layers": 3}], ids=str)
+OTHER_SHAPES = [
+    {"width": 32},
+    {"layers": 3},
+    {"seed": 1},  # the same shape, other weights
+]
+
+
+@pytest.mark.parametrize("shape", OTHER_SHAPES, ids=str)
 def test_another_base_is_refused(shape, refused, tmp_path):
     other = tmp_path / "other"
     offline_model.write_tiny(other, **shape)
@@ -1071,7 +1085,7 @@ def test_another_base_is_refused(shape, refused, tmp_path):
     assert re.search("fit.*; .*--model", line)
 
 
-@pytest.mark.parametrize("shape", [{"width": 32}, {"layers": 3}], ids=str)
+@pytest.mark.parametrize("shape", OTHER_SHAPES[:2], ids=str)
 def test_another_base_is_refused_by_its_shape_where_nothing_was_noted(
     shape, tiny, refused, tmp_path
 ):
@@ -1207,10 +1221,9 @@ def test_answers_stand_side_by_side(said):
     beside = r"^the first answer +\| the second answer$"
     assert re.search(beside, said.out, re.MULTILINE)
     assert re.search("the first answer.*the second answer", said.page.text, re.DOTALL)
-    of_row = 2
-    of_question = 2
+    answers = 2 * 2  # to a row held out and to a question, before and after
     reference = 1
-    assert said.page.inside["pre"].count(CODE) == of_row + of_question + reference
+    assert said.page.inside["pre"].count(CODE) == answers + reference
 
 
 TOP_KEYS = {"summary", "prompts", "perplexity", "general", "settings"}
@@ -1289,7 +1302,7 @@ def no_model(monkeypatch):
 
 @pytest.fixture
 def tells_mistake(desk, asked, capsys):
-    """A function: flags must end in one line that names what is wrong, and in no file."""
+    """A function: flags must end in one line that names what is wrong, and change no file."""
 
     def check(flags, named):
         before = contents(desk)
@@ -1533,7 +1546,7 @@ def test_rows_that_are_all_too_long_end_in_one_line(tells_mistake):
     tells_mistake("--val-data v.jsonl", "v.jsonl")
 
 
-@pytest.mark.parametrize("question", ["Pod " * 75_000, "x" * 300_000], ids=["words", "word"])
+@pytest.mark.parametrize("question", ["Pod " * 75_000, "x" * 300_000], ids=short)
 def test_a_question_beyond_the_model_ends_in_one_line(question, tells_mistake):
     write(Path("p.json"), [question])
 
@@ -1626,10 +1639,7 @@ def test_what_would_steer_a_terminal_is_shown_and_not_sent(said):
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u202e]", said.out)
 
     shown = re.findall(r"\S\[2Ja\S+?0;title", squeezed(said.out))
-    questions = 5 + 9  # of rows held out, and of the file
-    answers = 2 * 2  # to one of each, before and after
-    reference = 1
-    assert len(shown) == questions + answers + reference
+    assert len(shown) == TIMES_SHOWN
 
 
 def test_piped_output_is_plain_in_any_encoding(said, tmp_path):
@@ -1860,10 +1870,7 @@ LOADS = {"src", "href", "srcset", "action", "data", "background", "poster", "xli
 
 
 def test_hostile_texts_are_shown_as_they_are(said):
-    questions = 5 + 9  # of rows held out, and of the file
-    answers = 2 * 2  # to one of each, before and after
-    reference = 1
-    assert said.page.text.count(HOSTILE) == questions + answers + reference
+    assert said.page.text.count(HOSTILE) == TIMES_SHOWN
 
 
 @pytest.mark.parametrize("evaluation", ["said", "results"])
