@@ -1679,8 +1679,8 @@ def test_the_page_tells_all_figures_and_the_last_loss(results):
         assert tells(text, results.figures[key])
         assert tells(text, results.general[key])
     log = Path(results.settings["adapter"], LOG).read_text()
-    losses = re.findall(r'"eval_loss": (.*?)[,}]', log)
-    assert tells(text, float(losses[-1]))
+    measured = re.findall(r'"eval_loss": (.*?)[,}]', log)
+    assert tells(text, float(measured[-1]))
 
 
 def test_the_page_tells_the_settings_when_asked(results):
@@ -1786,7 +1786,7 @@ def test_a_log_of_no_use_is_no_curve_and_costs_no_page(line, moved, quick):
 
 def points_of(page, name):
     """{step: loss} of a line of the loss curve; upwards is minus in a drawing."""
-    (path,) = [path for path in page.attributes_of("path") if path["class"] == name]
+    (path,) = [path for path in page.attributes_of("path") if path.get("class") == name]
     points = {}
     for point in re.findall(r"[-.\d]+,[-.\d]+", path["d"]):
         x, y = point.split(",")
@@ -1820,9 +1820,9 @@ def test_the_curve_has_each_loss_and_its_running_mean(curve):
 
 
 def test_the_curve_has_a_round_dot_for_each_loss_of_validation(curve):
-    losses = [*TRAIN, *VAL.values()]
-    high = max(losses)
-    height = high - min(losses)
+    drawn = [*TRAIN, *VAL.values()]
+    high = max(drawn)
+    height = high - min(drawn)
 
     dots = curve.attributes_of("circle")
     for dot, step in zip(dots, VAL, strict=True):
