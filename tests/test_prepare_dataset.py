@@ -53,11 +53,6 @@ def assistant(content):
     return message("assistant", content)
 
 
-def system(content):
-    """What the system message says."""
-    return message("system", content)
-
-
 def chat(*messages):
     """A row that is a chat."""
     return {"messages": list(messages)}
@@ -123,7 +118,7 @@ def prepare(source, folder, *flags):
 
 
 def prepare_content(content, *flags):
-    """The same for what stands in a file; a run that ends early must write nothing."""
+    """What prepare() returns for a file of this content; a run that ends early writes nothing."""
     with tempfile.TemporaryDirectory() as folder:
         source = write(Path(folder, "rows"), content)
         out = Path(folder, "out")
@@ -675,10 +670,11 @@ JSONS = {
     "lines, joined, each with its mark": (
         '\ufeff{"q": "a?", "a": "x"}\n\ufeff{"q": "b?", "a": "y"}\n'
     ),
-    "objects over many lines": ('{\n  "q": "a?",\n  "a": "x"\n}\n{\n  "q": "b?",\n  "a": "y"\n}'),
-    "objects broken by hand": ('{ "q": "a?",\n  "a": "x" }\n{ "q": "b?",\n  "a": "y" }\n'),
+    "objects over many lines": '{\n  "q": "a?",\n  "a": "x"\n}\n{\n  "q": "b?",\n  "a": "y"\n}',
+    "objects broken by hand": '{ "q": "a?",\n  "a": "x" }\n{ "q": "b?",\n  "a": "y" }\n',
     "objects without a break": '{"q": "a?", "a": "x"}{"q": "b?", "a": "y"}',
     "lists one after another": '[{"q": "a?", "a": "x"}]\n[{"q": "b?", "a": "y"}]\n',
+    "lists without a break": '[{"q": "a?", "a": "x"}][{"q": "b?", "a": "y"}]',
     "a wrapper": '{"version": 1, "data": [{"q": "a?", "a": "x"}, {"q": "b?", "a": "y"}]}',
     "a wrapper over many lines": (
         '{\n "train": [\n  {\n   "q": "a?",\n   "a": "x"\n  },\n'
@@ -697,7 +693,7 @@ JSONS = {
     "problem and solution": (
         '{"problem": "a?", "solution": "x"}\n{"problem": "b?", "solution": "y"}\n'
     ),
-    "user and assistant": ('{"user": "a?", "assistant": "x"}\n{"user": "b?", "assistant": "y"}\n'),
+    "user and assistant": '{"user": "a?", "assistant": "x"}\n{"user": "b?", "assistant": "y"}\n',
     "the better of two answers": (
         '{"prompt": "a?", "chosen": "x", "rejected": "-"}\n'
         '{"prompt": "b?", "chosen": "y", "rejected": "-"}\n'
@@ -1385,7 +1381,7 @@ SYSTEM_PROMPTS = [
 
 
 @pytest.mark.parametrize("beside, turns, asked", SYSTEM_PROMPTS)
-def test_a_system_prompt_beside_or_in_a_chat_goes_before_the_question_once(
+def test_a_system_prompt_beside_question_or_chat_goes_before_the_question_once(
     tmp_path, beside, turns, asked
 ):
     messages = openai(turns)
