@@ -1477,13 +1477,14 @@ def test_what_stands_beside_a_list_of_rows_is_of_each_row(tmp_path):
         "title": "t",
         "qas": [
             {"question": "a", "answer": "b"},
+            {"question": "a", "answer": "b", "context": "its own"},
             {"question": "d"},
         ],
     }
 
     train, rejected = kept(tmp_path, [page])
 
-    assert train == [row("a", "c", "b")]
+    assert train == [row("a", "c", "b"), row("a", "its own", "b")]
     assert rejected[0]["raw"] == {
         "context": "c",
         "title": "t",
