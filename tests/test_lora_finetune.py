@@ -1159,9 +1159,11 @@ def test_a_second_run_on_one_folder_is_refused(twelve_steps, undisturbed, out, c
     wait_for(BEGUN, says, first)
     os.kill(first.pid, signal.SIGSTOP)  # else it may end before the second has begun
 
-    line = error_line(twelve_steps("--overwrite"), capsys)
+    try:
+        line = error_line(twelve_steps("--overwrite"), capsys)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
 
-    os.kill(first.pid, signal.SIGCONT)
     assert first.is_alive()
     assert "another run that writes there" in line
     assert "--output" in line
