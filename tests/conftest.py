@@ -69,10 +69,10 @@ def read_jsonl(path):
 
 
 def write_jsonl(path, records):
-    """Write records, a line of JSON each."""
-    with open(path, "w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record) + "\n")
+    """Write records, a line of JSON each; returns the path."""
+    lines = [json.dumps(record) + "\n" for record in records]
+    Path(path).write_text("".join(lines), encoding="utf-8")
+    return str(path)
 
 
 def llama_vocab(*pieces):

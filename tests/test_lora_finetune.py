@@ -26,7 +26,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import ROOT, largest_file, llama_tokenizer, without_privileges
+from conftest import ROOT, largest_file, llama_tokenizer, without_privileges, write_jsonl
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -66,13 +66,6 @@ ROWS = [make_row(i) for i in range(16)]
 
 
 # a run and what it leaves ------------------------------------------------------------------------
-
-
-def write_jsonl(path, rows):
-    """Write rows, a line of JSON each; returns the path."""
-    lines = [json.dumps(row) + "\n" for row in rows]
-    Path(path).write_text("".join(lines), encoding="utf-8")
-    return str(path)
 
 
 def flags(model, data, output, *more):

@@ -1978,6 +1978,10 @@ WRONG_BYTES = {
         parquet(**ONE_ROW)[:-9],
         "arquet",
     ),
+    "a parquet with a damaged footer": (
+        b"PAR1\x0f\1\0\0\0PAR1",
+        "damaged parquet",
+    ),
     "Excel": (b"PK\3\4.[Content_Types].xml.xl/workbook.xml", "Excel.*CSV"),
     "Word": (b"PK\3\4.[Content_Types].xml.word/document.xml", "Word.*CSV"),
     "a zip": (b"PK\3\4rows.csv", "zip.*unpack"),
