@@ -10,6 +10,7 @@ import offline_model
 import peft
 import pytest
 import torch
+import transformers
 from conftest import (
     LAYERS,
     README,
@@ -374,6 +375,8 @@ Spoken = namedtuple("Spoken", ["folder", "tokenizer", "converted", "seen"])
 @pytest.fixture(params=SPOKEN)
 def spoken(request, tmp_path):
     """A folder where the third recipe was followed, with a tokenizer of TinyLlama's kind."""
+    if transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 reads such a folder by tokenizer.model, which is not here")
     tokenizer = blank_first(legacy=False)
     tokenizer.chat_template = SPOKEN[request.param]
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
