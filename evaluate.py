@@ -903,7 +903,7 @@ def doubt_figures(figures, path, training, settings):
     if abs(difference) < 0.03:  # as between two devices
         return ""
     then = f"the training measured {math.exp(loss):.2f} on these rows"
-    return f"{then}; was the base, or one of the two scripts, changed?"
+    return f"{then}, so the base or one of the two scripts has changed"
 
 
 def conclude(figures, records, doubt, limit):
