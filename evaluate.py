@@ -31,7 +31,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 logging.getLogger("bitsandbytes").setLevel("ERROR")  # on import it asks for an optional package
-logging.getLogger("huggingface_hub").setLevel("ERROR")  # offline it reports every retry
 
 import jinja2
 import numpy as np
@@ -226,8 +225,16 @@ def parse_args(argv=None):
     def add(flag, default, help, low=None, high=1_000_000, **options):
         """An option; a number has the type of low, or of its default, and a range from low to high."""
         number = default if low is None else low
-        if type(number) in [int, float]:
+        is_number = type(number) in [int, float]
+        if is_number:
             options["type"] = type(number)
+        kind = str
+        if options.get("action") is switch:
+            kind = bool
+        if "nargs" in options:
+            kind = list
+        if not is_number and not isinstance(default, (kind, type(None))):
+            parser.error(f"argument {flag}: {default!r}: must be a {kind.__name__}")
         choices = options.get("choices")
         if choices and default not in [None, *choices]:
             parser.error(f"argument {flag}: {default}: choose from {', '.join(choices)}")
@@ -274,10 +281,9 @@ def explained(what, advice, kind=Exception):
         reason = str(error) or type(error).__name__
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror  # without the path, which `what` names
-        reason = textwrap.shorten(reason, 200)
         if "out of memory" in reason:
             advice = "lower --batch-size, close other programs or choose a smaller --model"
-        sys.exit(f"error: {what}: {reason}; {advice}")
+        sys.exit(f"error: {what}: {textwrap.shorten(reason, 200)}; {advice}")
 
 
 def read_json(path, kind, advice):
@@ -292,6 +298,8 @@ def read_json(path, kind, advice):
 def read_adapter(folder):
     """What adapter_config.json holds, of an adapter without which the model is its base again."""
     advice = "--adapter takes the folder that lora_finetune.py wrote"
+    if (folder / "checkpoint.pt").exists():
+        sys.exit(f"error: {folder}: its training was stopped; lora_finetune.py --resume ends it")
     for name in ["adapter_config.json", "adapter_model.safetensors"]:  # no pickled one is opened
         if not (folder / name).is_file():
             sys.exit(f"error: {folder}: no folder of an adapter, it lacks {name}; {advice}")
@@ -348,6 +356,9 @@ def check_output(output):
         tempfile.TemporaryFile(dir=nearest).close()
         if output.is_file():
             old = output.read_bytes()
+    page = output.with_suffix(".html")
+    if page.is_dir() or (page.exists() and not output.exists()):
+        sys.exit(f"error: {page} is not one of evaluate.py; {advice}")
     if output.suffix != ".json" or output.is_dir() or b'"summary"' not in old:
         sys.exit(f"error: {output} is no .json, or not one of evaluate.py; {advice}")
 
@@ -374,6 +385,8 @@ def read_jsonl(path):
     advice = "prepare_dataset.py makes and mends such files"
     with explained(path, advice, OSError):
         lines = Path(path).read_bytes().split(b"\n")
+        if not Path(path).is_file():
+            raise OSError("it can be read only once; write it into a file")
 
     records = []
     for number, line in enumerate(lines, 1):
@@ -416,8 +429,10 @@ def count_seen(records, path, data):
 
     data tells the file that was trained on, {"path", "sha256"}; another tool does not.
     """
-    if not records or not data:
+    if not records:
         return {}, ""
+    if not data:
+        return {"note": "Not compared with the rows of training: none are noted"}, ""
     trained = []
     source = Path(data["path"])
     for file in [Path(path), source]:
@@ -647,13 +662,15 @@ def load_pair(folder, settings, training):
     device = 0 if torch.cuda.is_available() else "cpu"
     base = load_base(name, device, settings["precision"], settings["load_in_4bit"])
     mend(base)
+    file = folder / "adapter_model.safetensors"
+    with explained(f"{file} is damaged", "copy it anew, or run `git lfs pull` there"):
+        saved = load_file(file)
     with explained(f"adapter {folder} does not fit {name}", "pass the --model it was trained on"):
         weight = base.get_input_embeddings().weight[::100]
         norm = weight.double().norm().item()
         trained = training.get("embedding_norm", norm)
         if not math.isclose(norm, trained, rel_tol=1e-3):  # in bf16 a little else than in fp32
             raise ValueError("the base has other token embeddings")
-        saved = load_file(folder / "adapter_model.safetensors")
         own = list(base.parameters())
         sums = [weight.sum(dtype=torch.float64) for weight in own]
         model = peft.PeftModel.from_pretrained(base, folder)
@@ -682,7 +699,7 @@ def check_room(base, prompts, rows, context, max_new_tokens):
     longest = max(map(len, prompts))
     if longest + max_new_tokens > context:
         room = f"of {longest:,} tokens and its answer are beyond the model's {context:,}"
-        sys.exit(f"error: a question {room}; shorten it or --max-new-tokens")
+        sys.exit(f"error: a question {room}; shorten it, --max-new-tokens or --val-prompts")
     texts = [*prompts, *(row["input_ids"] for row in rows)]
     largest = max(map(max, texts))
     if largest >= len(base.get_input_embeddings().weight):
@@ -894,10 +911,11 @@ def doubt_figures(figures, path, training, settings):
     loss = result.get("eval_loss")
     content = Path(path).read_bytes()
     rows = hashlib.sha256(content).hexdigest()
-    if loss is None or rows != training["data"].get("val_sha256"):
+    data = training.get("data") or {}
+    if loss is None or rows != data.get("val_sha256"):
         return ""
-    trained = training["arguments"]
-    if settings["load_in_4bit"] != trained["load_in_4bit"]:
+    trained = training.get("arguments") or {}
+    if settings["load_in_4bit"] != trained.get("load_in_4bit"):
         return ""
     difference = math.log(figures["finetuned"]) - loss
     if abs(difference) < 0.03:  # as between two devices
@@ -1164,7 +1182,7 @@ def plain(text):
         steers = unicodedata.category(letter)[0] == "C"
         if steers and letter not in "\u200c\u200d":  # these two join letters
             text = text.replace(letter, ascii(letter)[1:-1])
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
@@ -1222,6 +1240,7 @@ def main(argv=None):
     args = parse_args(argv)
     clear_device_cache(garbage_collection=True)  # in a notebook: what an earlier cell has left
     transformers.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel("ERROR")  # offline it reports every retry
     warnings.simplefilter("ignore")  # between the libraries, or of a bootstrap without spread
     if HIDE_BARS:
         transformers.logging.disable_progress_bar()

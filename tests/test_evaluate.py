@@ -2014,3 +2014,39 @@ def test_in_a_browser_all_can_be_read_and_nothing_loads(
     assert script("return window.pwned") is None
     for faults in [OUTSIDE, SMALL, TEXTS + FAINT, TEXTS + BROKEN]:
         assert script(faults) == []
+
+
+def test_a_page_of_something_else_is_not_overwritten(quick, adapter, asked, tmp_path):
+    page = tmp_path / "index.html"
+    page.write_text("my page")
+    flags = ["--adapter", adapter, "--prompts", asked, "--output", tmp_path / "index.json"]
+    with pytest.raises(SystemExit, match="index.html is not one of evaluate.py; choose another"):
+        evaluate.main([str(flag) for flag in flags])
+    assert page.read_text() == "my page"
+
+
+def test_a_stopped_training_is_told_how_to_end(moved, refused):
+    (moved / "checkpoint.pt").write_bytes(b"")
+    assert "--resume ends it" in refused(adapter=moved)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"\0" * 99])
+def test_a_damaged_adapter_is_not_blamed_on_the_base(content, moved, refused):
+    (moved / WEIGHTS).write_bytes(content)
+    line = refused(adapter=moved)
+    assert f"{WEIGHTS} is damaged" in line
+    assert "git lfs pull" in line
+
+
+def test_rows_that_can_not_be_compared_with_the_training_are_noted(moved, quick, tiny):
+    (moved / NOTED).unlink()
+    summary = quick("--model", tiny, adapter=moved, rows=TRAINED).data["summary"]
+    assert "Not compared with the rows of training" in summary["note"]
+
+
+def test_what_training_noted_by_halves_costs_no_result(moved, quick):
+    noted = read(moved / NOTED)
+    for key in ["data", "arguments"]:
+        del noted[key]
+    write(moved / NOTED, noted)
+    assert quick(adapter=moved, rows=HELD_OUT).data["perplexity"]["rows"] == len(HELD_OUT)

@@ -1929,3 +1929,71 @@ def test_traceback_shows_the_whole_of_an_error(train, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACEBACK", "1")
     with pytest.raises(Exception, match="Unrecognized model"):
         train("--model", tmp_path)
+
+
+# what is read, and where it is written ------------------------------------------------------------
+
+
+def test_the_folder_of_a_model_is_no_output(tiny, data, tmp_path, capsys):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    before = snapshot(model)
+    line = error_line(flags(model, data, model, "--overwrite"), capsys)
+    assert "holds a model; choose another --output" in line
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("option", ["--dataset", "--val-data"])
+def test_data_that_can_be_read_only_once_is_refused(option, tiny, data, out, capsys):
+    read_end, write_end = os.pipe()
+    os.write(write_end, Path(data).read_bytes())
+    os.close(write_end)
+    line = error_line(flags(tiny, data, out, option, f"/dev/fd/{read_end}"), capsys)
+    os.close(read_end)
+    assert "read only once; write it into a file" in line
+
+
+def test_the_noted_hash_is_that_of_the_rows_that_were_read(tiny, tmp_path, out, monkeypatch):
+    rows = write_jsonl(tmp_path / "rows.jsonl", ROWS[:8])
+    val = write_jsonl(tmp_path / "val.jsonl", RECORDS)
+    hashes = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in [rows, val]]
+    load = lf.load_tokenizer
+
+    def prepared_anew_meanwhile(name, record):
+        write_jsonl(rows, RECORDS)
+        write_jsonl(val, ROWS[:8])
+        return load(name, record)
+
+    monkeypatch.setattr(lf, "load_tokenizer", prepared_anew_meanwhile)
+    lf.main(flags(tiny, rows, out, "--max-steps 1", "--val-data", val))
+    noted = read_config(out)["data"]
+    assert [noted["sha256"], noted["val_sha256"]] == hashes
+
+
+def test_a_validation_row_of_unknown_tokens_is_refused_before_the_old_adapter_goes(
+    tiny, data, out, tmp_path, capsys
+):
+    lf.main(flags(tiny, data, out, "--max-steps 1"))
+    before = adapter(out)
+    model = shutil.copytree(tiny, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["gizmo"])
+    tokenizer.save_pretrained(model)
+    val = write_jsonl(tmp_path / "val.jsonl", [{"instruction": "a?", "output": "gizmo"}])
+    line = error_line(flags(model, data, out, "--overwrite", "--val-data", val), capsys)
+    assert "lacks tokens of its tokenizer" in line
+    assert adapter(out) == before
+
+
+def test_a_run_whose_output_is_closed_ends_as_any_other(run, out, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    lf.main(run("--max-steps 1"))
+    assert has_adapter(out)
+
+
+def test_a_tokenizer_without_an_end_is_told(tiny_models, data, out, tmp_path, capsys):
+    model = shutil.copytree(tiny_models(template="none"), tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    lf.main(flags(model, data, out, "--max-steps 1"))
+    assert "no token ends an answer" in capsys.readouterr().out

@@ -274,16 +274,23 @@ CONSTANTS = [  # a script, what someone writes at its top
     ("prepare_dataset.py", "VAL_SPLIT", "a tenth"),
     ("prepare_dataset.py", "DELIMITER", "\t"),
     ("prepare_dataset.py", "SEED", "x"),
+    ("prepare_dataset.py", "STRICT", "False"),
+    ("prepare_dataset.py", "COLUMNS", "output=answer"),
     ("lora_finetune.py", "PRECISION", "fp64"),
     ("lora_finetune.py", "EPOCHS", None),
     ("lora_finetune.py", "EPOCHS", "three"),
     ("lora_finetune.py", "LORA_R", 16.5),
     ("lora_finetune.py", "LORA_R", True),
     ("lora_finetune.py", "BATCH_SIZE", [4]),
+    ("lora_finetune.py", "OVERWRITE", "no"),
+    ("lora_finetune.py", "TARGET_MODULES", "q_proj"),
+    ("lora_finetune.py", "OUTPUT", Path("output/mine")),
     ("evaluate.py", "PRECISION", "half"),
     ("evaluate.py", "MAX_NEW_TOKENS", 0),
     ("evaluate.py", "MAX_NEW_TOKENS", 9.5),
     ("evaluate.py", "BATCH_SIZE", None),
+    ("evaluate.py", "LOAD_IN_4BIT", "False"),
+    ("evaluate.py", "PROMPTS", ["What is a Pod?"]),
 ]
 UNLOADABLE = {  # why a model does not load, what must be advised
     "memory": (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "close other programs"),
@@ -334,6 +341,13 @@ def test_a_constant_of_a_wrong_kind_is_told_by_its_flag(name, constant, value, m
     script = SCRIPTS[name]
     monkeypatch.setattr(script, constant, value)
     assert flag(constant) in usage_error(script.main, [], capsys)
+
+
+def test_a_tilde_stands_for_the_home_folder_in_all_three(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for script in SCRIPTS.values():
+        monkeypatch.setattr(script, "OUTPUT", "~/mine")
+        assert script.parse_args([]).output == "/home/me/mine"
 
 
 def test_whole_numbers_do_where_fractions_are_meant(monkeypatch):
