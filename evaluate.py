@@ -348,19 +348,20 @@ def find_model(name, beside):
 def check_output(output):
     """Refuse, before the work, an output that can't be written, or a file of something else."""
     advice = "choose another --output"
-    old = b'"summary"'
+    marks = {  # of what this script wrote
+        output: b'"summary"',
+        output.with_suffix(".html"): b"<title>Before and after fine-tuning</title>",
+    }
+    if output.suffix != ".json":
+        sys.exit(f"error: {output} is no .json; {advice}")
     with explained(f"can't write to {output.parent}", advice, OSError):
         for nearest in output.absolute().parents:
             if nearest.exists():
                 break
         tempfile.TemporaryFile(dir=nearest).close()
-        if output.is_file():
-            old = output.read_bytes()
-    page = output.with_suffix(".html")
-    if page.is_dir() or (page.exists() and not output.exists()):
-        sys.exit(f"error: {page} is not one of evaluate.py; {advice}")
-    if output.suffix != ".json" or output.is_dir() or b'"summary"' not in old:
-        sys.exit(f"error: {output} is no .json, or not one of evaluate.py; {advice}")
+        for path, mark in marks.items():
+            if path.is_dir() or (path.is_file() and mark not in path.read_bytes()):
+                sys.exit(f"error: {path} is not one of evaluate.py; {advice}")
 
 
 # The same in lora_finetune.py, letter for letter.
