@@ -660,12 +660,12 @@ def find_head(model):
 def load_pair(folder, settings, training):
     """Load the base and put the adapter on it, checking that the two belong together."""
     name = settings["model"]
-    device = 0 if torch.cuda.is_available() else "cpu"
-    base = load_base(name, device, settings["precision"], settings["load_in_4bit"])
-    mend(base)
     file = folder / "adapter_model.safetensors"
     with explained(f"{file} is damaged", "copy it anew, or run `git lfs pull` there"):
         saved = load_file(file)
+    device = 0 if torch.cuda.is_available() else "cpu"
+    base = load_base(name, device, settings["precision"], settings["load_in_4bit"])
+    mend(base)
     with explained(f"adapter {folder} does not fit {name}", "pass the --model it was trained on"):
         weight = base.get_input_embeddings().weight[::100]
         norm = weight.double().norm().item()
@@ -906,14 +906,12 @@ def conclude_answers(pairs, seconds, penalty):
     return numbers
 
 
-def doubt_figures(figures, path, training, settings):
+def doubt_figures(figures, val_sha256, training, settings):
     """Why figures can't be trusted, where training measured the same file otherwise, or ""."""
     result = training.get("result") or {}
     loss = result.get("eval_loss")
-    content = Path(path).read_bytes()
-    rows = hashlib.sha256(content).hexdigest()
     data = training.get("data") or {}
-    if loss is None or rows != data.get("val_sha256"):
+    if loss is None or val_sha256 != data.get("val_sha256"):
         return ""
     trained = training.get("arguments") or {}
     if settings["load_in_4bit"] != trained.get("load_in_4bit"):
@@ -1261,6 +1259,8 @@ def main(argv=None):
     records = []
     if args.val_data:
         records = read_jsonl(args.val_data)
+        content = Path(args.val_data).read_bytes()
+        val_sha256 = hashlib.sha256(content).hexdigest()
         asked = records[: args.val_prompts] + asked
     seen, doubt = count_seen(records, args.val_data, training.get("data"))
 
@@ -1301,7 +1301,7 @@ def main(argv=None):
             sys.exit(f"error: {folder}: no finite figures; {advice}")
 
     if records and not doubt:
-        doubt = doubt_figures(figures["val data"], args.val_data, training, settings)
+        doubt = doubt_figures(figures["val data"], val_sha256, training, settings)
     summary = conclude(figures, records, doubt, limit)
     summary.update(seen)
     summary.update(conclude_answers(pairs, seconds, args.repetition_penalty))

@@ -2019,7 +2019,8 @@ def test_in_a_browser_all_can_be_read_and_nothing_loads(
 def test_a_page_of_something_else_is_not_overwritten(quick, adapter, asked, tmp_path):
     page = tmp_path / "index.html"
     page.write_text("my page")
-    flags = ["--adapter", adapter, "--prompts", asked, "--output", tmp_path / "index.json"]
+    flags = ["--adapter", adapter, "--prompts", asked]
+    flags += ["--output", tmp_path / "index.json"]
     with pytest.raises(SystemExit, match="index.html is not one of evaluate.py; choose another"):
         evaluate.main([str(flag) for flag in flags])
     assert page.read_text() == "my page"
@@ -2052,7 +2053,19 @@ def test_rows_that_can_not_be_compared_with_the_training_are_noted(moved, quick,
 
 def test_what_training_noted_by_halves_costs_no_result(moved, quick):
     noted = read(moved / NOTED)
-    for key in ["data", "arguments"]:
-        del noted[key]
+    del noted["data"]
+    del noted["arguments"]
     write(moved / NOTED, noted)
+
     assert quick(adapter=moved, rows=HELD_OUT).data["perplexity"]["rows"] == len(HELD_OUT)
+
+
+def test_rows_that_go_while_answers_are_made_cost_no_result(quick, tmp_path, monkeypatch):
+    measured = evaluate.run_both
+
+    def and_then_gone(*args):
+        (tmp_path / "v.jsonl").unlink()
+        return measured(*args)
+
+    monkeypatch.setattr(evaluate, "run_both", and_then_gone)
+    assert quick(rows=HELD_OUT).data["perplexity"]["rows"] == len(HELD_OUT)
